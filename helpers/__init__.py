@@ -1,0 +1,25 @@
+"""Learn and run CharacterGLM-6B. Importing this package registers the family with transformers' Auto classes.
+
+    import helpers
+    model, tokenizer = helpers.load("auto")
+    reply, history = helpers.chat(model, tokenizer, helpers.load_characters()["苏梦远"], "你好呀，小苏")
+"""
+
+from . import modeling, tokenization
+from .characters import CharacterCard, SessionMeta, export_card_v2, get_character, import_card_v2, load_characters
+from .errors import HelpersError
+
+__version__ = "0.1.0"
+
+modeling.register()
+tokenization.register()
+
+__all__ = [
+    "CharacterCard",
+    "HelpersError",
+    "SessionMeta",
+    "export_card_v2",
+    "get_character",
+    "import_card_v2",
+    "load_characters",
+]

@@ -1,0 +1,161 @@
+"""Personas: `SessionMeta` (the four fields of CharacterGLM's prompt) and `CharacterCard` (with greeting and source)."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+
+from .errors import CharacterError
+
+CHARACTERS_FILE = Path(__file__).parent.parent / "data" / "characters.json"
+CARD_EXTENSION = "characterglm"  # where a character-card V2 keeps what V2 has no field for
+
+
+def _none_is_empty(value: Any) -> Any:
+    return "" if value is None else value
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"\S")]
+Text = Annotated[str, BeforeValidator(_none_is_empty), StringConstraints(max_length=8000)]
+
+
+class SessionMeta(BaseModel):
+    """Who talks to whom: CharacterGLM's `session_meta`. A plain dict with these keys is accepted everywhere.
+
+    Texts are kept as given; the chat template turns line breaks into spaces and leaves an empty `*_info` line out.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    bot_name: Name = Field(description="The character's name, at most 64 characters.")
+    bot_info: Text = Field("", description="The character's persona, at most 8,000 characters.")
+    user_name: Name = Field("用户", description="The name the user goes by.")
+    user_info: Text = Field("", description="What the character knows about the user.")
+
+
+class CharacterCard(SessionMeta):
+    """A `SessionMeta` with the character's first line and where the character comes from."""
+
+    greeting: Text = Field("", description="The character speaks first with this line, if it is not empty.")
+    source: Text = Field("original", description="'original' or the public-domain work.")
+
+
+def as_session_meta(value: SessionMeta | dict) -> SessionMeta:
+    """`value` as a validated `SessionMeta`.
+
+    Raises:
+        CharacterError: naming the field at fault.
+    """
+    if isinstance(value, SessionMeta):
+        return value
+    if not isinstance(value, dict):
+        raise CharacterError(
+            "缺少人设 session_meta [session_meta required]：请给出含 bot_name、bot_info、user_name、user_info 的 dict，"
+            f"收到的是 {type(value).__name__}"
+        )
+    return _validate(SessionMeta, value)
+
+
+def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCard]:
+    """All character cards of a JSON file, by name (by default those of `data/characters.json`).
+
+    Raises:
+        CharacterError: the file is missing, not JSON, or a card is not valid.
+    """
+    cards = _read_json_object(Path(file))
+    return {name: _validate(CharacterCard, card, name) for name, card in cards.items()}
+
+
+def get_character(name: str) -> CharacterCard:
+    """The shipped card called `name`; `CharacterError` with the known names if there is none."""
+    characters = load_characters()
+    if name not in characters:
+        raise CharacterError(f"没有叫 {name!r} 的角色 [unknown character]，可选：{'、'.join(characters)}")
+    return characters[name]
+
+
+def export_card_v2(card: CharacterCard) -> dict:
+    """`card` as a character-card V2 (the JSON format of role-play front-ends).
+
+    Source: https://github.com/malfoyslastname/character-card-spec-v2
+    """
+    return {
+        "spec": "chara_card_v2",
+        "spec_version": "2.0",
+        "data": {
+            "name": card.bot_name,
+            "description": card.bot_info,
+            "personality": "",
+            "scenario": "",
+            "first_mes": card.greeting,
+            "mes_example": "",
+            "creator_notes": "",
+            "system_prompt": "",
+            "post_history_instructions": "",
+            "alternate_greetings": [],
+            "tags": [],
+            "creator": "",
+            "character_version": "1.0",
+            "extensions": {
+                CARD_EXTENSION: {"user_name": card.user_name, "user_info": card.user_info, "source": card.source}
+            },
+        },
+    }
+
+
+def import_card_v2(card: dict | str | Path) -> CharacterCard:
+    """A character-card V2 (a dict, or the path of a JSON file) as a `CharacterCard`.
+
+    `description`, `personality` and `scenario` become `bot_info`; `{{char}}` and `{{user}}` become the names. What
+    CharacterGLM's prompt has no place for (example dialogues, system prompts, lore books) is left out.
+
+    Raises:
+        CharacterError: not a V2 card, or a field is not valid.
+    """
+    if not isinstance(card, dict):
+        card = _read_json_object(Path(card))
+    data = card.get("data")
+    if card.get("spec") != "chara_card_v2" or not isinstance(data, dict):
+        raise CharacterError("这不是 character card V2 [not a V2 card]：需要 spec='chara_card_v2' 和 data 对象")
+    extensions = data.get("extensions")
+    ours = extensions.get(CARD_EXTENSION) if isinstance(extensions, dict) else None
+    ours = ours if isinstance(ours, dict) else {}
+    names = {"{{char}}": data.get("name"), "{{user}}": ours.get("user_name", "用户")}
+    info = [data.get(field) for field in ("description", "personality", "scenario")]
+    fields = {
+        **ours,
+        "bot_name": data.get("name"),
+        "bot_info": _fill_names(" ".join(text for text in info if isinstance(text, str) and text.strip()), names),
+        "greeting": _fill_names(data.get("first_mes"), names),
+        "source": ours.get("source", "character card V2"),
+    }
+    return _validate(CharacterCard, fields)
+
+
+def _fill_names(text: Any, names: dict[str, str]) -> Any:
+    if isinstance(text, str):
+        for placeholder, name in names.items():
+            text = text.replace(placeholder, str(name))
+    return text
+
+
+def _validate(model: type[SessionMeta], fields: Any, name: str = "") -> Any:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        problems = "；".join(f"{'.'.join(map(str, e['loc'])) or '整体'}：{e['msg']}" for e in error.errors())
+        who = f"角色 {name} 的" if name else ""
+        raise CharacterError(f"{who}人设不合格 [invalid persona]：{problems}") from None
+
+
+def _read_json_object(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CharacterError(f"找不到角色文件 [file not found]：{file}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CharacterError(f"角色文件不是有效的 UTF-8 JSON [invalid JSON]：{file}（{error}）") from None
+    if not isinstance(content, dict):
+        raise CharacterError(f"角色文件的内容不是 JSON 对象 [not a JSON object]：{file}")
+    return content

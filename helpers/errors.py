@@ -1,0 +1,25 @@
+"""Errors of this project. Every message says what happened and what to do next, in Chinese with an English key phrase."""
+
+
+class HelpersError(Exception):
+    """Base class: a problem the reader can fix. The command line prints it as one line, without a traceback."""
+
+
+class UnsupportedConfigError(HelpersError, ValueError):
+    """A config.json asks for something this implementation would silently compute wrongly."""
+
+
+class CheckpointError(HelpersError, OSError):
+    """A model directory is missing, incomplete, damaged or not CharacterGLM."""
+
+
+class CharacterError(HelpersError, ValueError):
+    """A persona or a character card is not valid."""
+
+
+class ChatError(HelpersError, ValueError):
+    """A chat request cannot be answered: bad text, senseless parameters, or a prompt that does not fit."""
+
+
+class BusyError(HelpersError, RuntimeError):
+    """The session is still writing a reply."""

@@ -1,0 +1,145 @@
+"""The CharacterGLM network, expressed as transformers' own GLM.
+
+CharacterGLM-6B has the ChatGLM2 architecture, and `GlmForCausalLM` is the same network under other names: rotary
+embedding on half of each head, grouped-query attention, RMSNorm, a fused gate-and-up projection. So there is no
+modelling code here. Three declarations are enough:
+
+1. which field of the original `config.json` means which field of `GlmConfig` (`attribute_map`);
+2. which weight of the original files is which weight of GLM (`WEIGHT_MAPPING`);
+3. which settings GLM cannot honour and must therefore be refused (`REQUIRED_SETTINGS`).
+
+Checked against the original code in `tests/unit/test_parity.py`: float32 logits are equal.
+"""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, GlmConfig, GlmForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
+
+from .checkpoint import explain_load_error, refuse_missing_weights, verify_checkpoint
+from .errors import UnsupportedConfigError
+
+MODEL_TYPE = "chatglm"
+
+# Settings of the original config.json that change the computation, with the only value GLM implements.
+# A field that is absent has that value.
+REQUIRED_SETTINGS = {
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "add_bias_linear": False,
+    "apply_residual_connection_post_layernorm": False,
+    "fp32_residual_connection": False,
+    "original_rope": True,
+    "hidden_dropout": 0.0,
+    "pre_seq_len": None,
+    "prefix_projection": False,
+    "quantization_bit": 0,
+    "interleaved_qkv": False,
+}
+
+UNSUPPORTED_HINTS = {
+    "quantization_bit": "请换成未量化的 CharacterGLM-6B，再用 load(quantization=...) 在加载时量化",
+    "pre_seq_len": "这是 P-Tuning v2 的检查点；请使用原始权重，微调见 notebook 04 (LoRA)",
+    "prefix_projection": "这是 P-Tuning v2 的检查点；请使用原始权重，微调见 notebook 04 (LoRA)",
+}
+
+
+class CharacterGLMConfig(GlmConfig):
+    """`GlmConfig` that reads CharacterGLM's original `config.json`.
+
+    Defaults are those of CharacterGLM-6B. `rope_ratio` scales the rotary base as the ChatGLM family does
+    (theta = 10000 * rope_ratio); `multi_query_attention: false` means one key-value head per query head.
+
+    Raises:
+        UnsupportedConfigError: a setting cannot be honoured (see `REQUIRED_SETTINGS`).
+    """
+
+    model_type = MODEL_TYPE
+    attribute_map = {
+        "num_layers": "num_hidden_layers",
+        "padded_vocab_size": "vocab_size",
+        "ffn_hidden_size": "intermediate_size",
+        "kv_channels": "head_dim",
+        "multi_query_group_num": "num_key_value_heads",
+        "seq_length": "max_position_embeddings",
+        "layernorm_epsilon": "rms_norm_eps",
+        "add_qkv_bias": "attention_bias",
+    }
+
+    vocab_size: int = 65024
+    num_hidden_layers: int = 28
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5
+    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs):
+        refuse_unsupported_settings(kwargs)
+        kwargs.setdefault("rope_theta", 10000.0 * (kwargs.get("rope_ratio") or 1.0))
+        if kwargs.get("multi_query_attention") is False:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+
+def refuse_unsupported_settings(settings: dict) -> None:
+    """Raise `UnsupportedConfigError` for the first setting GLM would silently ignore."""
+    for name, required in REQUIRED_SETTINGS.items():
+        value = settings.get(name, required)
+        if value is not None and value != required:
+            hint = UNSUPPORTED_HINTS.get(name, "请使用 CharacterGLM-6B 的原始 config.json")
+            raise UnsupportedConfigError(
+                f"config.json 里的 {name}={value!r} 无法支持 [unsupported setting]，只支持 {required!r}。{hint}。"
+            )
+
+
+class CharacterGLMForCausalLM(GlmForCausalLM):
+    """GLM with CharacterGLM's names, which refuses to run on incomplete weights."""
+
+    config_class = CharacterGLMConfig
+    # The rotary table is recomputed in float32; the stored copy is in half precision.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As in transformers, but a directory is checked first and missing weights are an error.
+
+        transformers only warns about missing weights and goes on with random numbers in their place.
+
+        Raises:
+            CheckpointError: files missing or damaged, weights missing, or of the wrong shape.
+        """
+        path = pretrained_model_name_or_path
+        if path is not None and Path(path).is_dir() and kwargs.get("state_dict") is None:
+            verify_checkpoint(Path(path))
+        with explain_load_error(path):
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        refuse_missing_weights(path, info)
+        return (model, info) if output_loading_info else model
+
+
+def _qkv(suffix: str) -> WeightConverter:
+    """One fused query_key_value tensor becomes q, k and v, split by rows at the sizes of the three parameters."""
+    parts = [f"self_attn.{name}_proj.{suffix}" for name in "qkv"]
+    return WeightConverter(f"self_attention.query_key_value.{suffix}", parts, operations=[Split(dim=0)])
+
+
+# Original name -> GLM name. transformers applies it while it reads the files, and backwards in save_pretrained.
+WEIGHT_MAPPING = [
+    WeightRenaming("transformer.embedding.word_embeddings", "model.embed_tokens"),
+    WeightRenaming("transformer.encoder.final_layernorm", "model.norm"),
+    WeightRenaming("transformer.output_layer", "lm_head"),
+    WeightRenaming("transformer.encoder.layers", "model.layers"),
+    WeightRenaming("self_attention.dense", "self_attn.o_proj"),
+    WeightRenaming("mlp.dense_h_to_4h", "mlp.gate_up_proj"),
+    WeightRenaming("mlp.dense_4h_to_h", "mlp.down_proj"),
+    _qkv("weight"),
+    _qkv("bias"),
+]
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModelForCausalLM` know the family. Safe to call twice."""
+    AutoConfig.register(MODEL_TYPE, CharacterGLMConfig, exist_ok=True)
+    AutoModelForCausalLM.register(CharacterGLMConfig, CharacterGLMForCausalLM, exist_ok=True)
+    register_checkpoint_conversion_mapping(MODEL_TYPE, WEIGHT_MAPPING, overwrite=True)
