@@ -7,7 +7,10 @@
 
 from . import modeling, tokenization
 from .characters import CharacterCard, SessionMeta, export_card_v2, get_character, import_card_v2, load_characters
+from .chat import ChatSession, ContextWarning, chat, stream_chat
+from .download import download_model
 from .errors import HelpersError
+from .loading import LoadChoice, choose, load, resolve_model
 
 __version__ = "0.1.0"
 
@@ -16,10 +19,19 @@ tokenization.register()
 
 __all__ = [
     "CharacterCard",
+    "ChatSession",
+    "ContextWarning",
     "HelpersError",
+    "LoadChoice",
     "SessionMeta",
+    "chat",
+    "choose",
+    "download_model",
     "export_card_v2",
     "get_character",
     "import_card_v2",
+    "load",
     "load_characters",
+    "resolve_model",
+    "stream_chat",
 ]

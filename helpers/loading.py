@@ -1,0 +1,175 @@
+"""From a model name to a model on a device: which files, which dtype, which device, and why."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .checkpoint import verify_checkpoint
+from .download import find_downloaded
+from .errors import CheckpointError, HelpersError
+
+NANO_DIR = Path(__file__).parent.parent / "data" / "nano"
+MIN_GPU_GIB = 16  # the 6B model needs about 13 GiB in half precision, plus KV cache
+SMALL_CHECKPOINT_BYTES = 1 << 30  # below this, float32 on a CPU is the simplest and most exact choice
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadChoice:
+    """What `load` would do, and why. `print` it."""
+
+    path: Path
+    dtype: torch.dtype
+    device_map: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        what = f"模型 {self.path.name}，dtype {str(self.dtype).removeprefix('torch.')}，设备 {self.device_map}"
+        return "\n".join([what, *(f"  - {reason}" for reason in self.reasons)])
+
+
+def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, adapter=None):
+    """Load a CharacterGLM model for inference.
+
+    Args:
+        model: "auto" (6b on a CUDA GPU of at least 16 GB, else nano), "nano", "6b", or a model directory.
+        dtype: "auto", "float32", "float16", "bfloat16" or a `torch.dtype`. "auto": bfloat16 on a GPU that computes in
+            it, float16 on older GPUs, and on a CPU float32 for small models and bfloat16 for large ones.
+        device_map: as in transformers; "auto" uses the GPUs there are, else the CPU.
+        quantization: None, "int8" or "nf4" (bitsandbytes).
+        adapter: directory of a PEFT LoRA adapter to put on top.
+
+    Returns:
+        `(model, tokenizer)`, the model in evaluation mode.
+
+    Raises:
+        CheckpointError: the files are missing, incomplete or not CharacterGLM.
+        HelpersError: an argument makes no sense, or bitsandbytes is missing.
+    """
+    choice = choose(model, dtype=dtype, device_map=device_map)
+    logger.info("%s", choice)
+    options = {"dtype": choice.dtype, "device_map": choice.device_map}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, choice.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(choice.path)
+    loaded = AutoModelForCausalLM.from_pretrained(choice.path, **options)
+    if adapter is not None:
+        loaded = add_adapter(loaded, adapter)
+    return loaded.eval(), tokenizer
+
+
+def choose(model="auto", *, dtype="auto", device_map="auto") -> LoadChoice:
+    """What `load` with the same arguments would pick, without loading anything."""
+    path, why_model = _resolve(model)
+    device, why_device = pick_device(device_map)
+    chosen, why_dtype = pick_dtype(dtype, device, path)
+    return LoadChoice(path, chosen, device, (why_model, why_device, why_dtype))
+
+
+def resolve_model(model="auto") -> Path:
+    """The directory of a model: "auto", "nano", "6b" or a path.
+
+    Raises:
+        CheckpointError: the 6B model is not on this machine, or the path is not a complete CharacterGLM directory.
+    """
+    return _resolve(model)[0]
+
+
+def _resolve(model) -> tuple[Path, str]:
+    if model == "auto":
+        memory = gpu_gib()
+        if memory >= MIN_GPU_GIB:
+            return _downloaded_6b(), f"auto 选了 6b：GPU 有 {memory:.0f} GiB 显存（至少要 {MIN_GPU_GIB}）"
+        seen = f"最大的 GPU 只有 {memory:.0f} GiB 显存" if memory else "没有 CUDA GPU"
+        return NANO_DIR, f"auto 选了 nano：{seen}，6b 至少要 {MIN_GPU_GIB} GiB。Nano 是教学替身，不是 6B"
+    if model == "nano":
+        return NANO_DIR, "指定了 nano：教学替身，结构和文件格式与 6B 相同"
+    if model == "6b":
+        return _downloaded_6b(), "指定了 6b"
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"没有这个模型 [unknown model]：{model!r}。可选 auto、nano、6b，或一个模型目录的路径")
+    verify_checkpoint(path)
+    return path, "指定了目录"
+
+
+def _downloaded_6b() -> Path:
+    path = find_downloaded()
+    if path is None:
+        raise CheckpointError(
+            "这台机器上没有 CharacterGLM-6B [model not downloaded]：先运行 helpers.download_model() "
+            "或 python -m helpers download；没有 GPU 时用 MODEL='nano'"
+        )
+    return path
+
+
+def gpu_gib() -> float:
+    """Memory of the largest CUDA GPU in GiB; 0.0 without one."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**30
+
+
+def pick_device(device_map="auto") -> tuple[str, str]:
+    """The `device_map` for transformers and the reason."""
+    if device_map != "auto":
+        return device_map, "设备由你指定"
+    if torch.cuda.is_available():
+        return "auto", f"有 CUDA GPU：{torch.cuda.get_device_name(0)}"
+    if torch.backends.mps.is_available():
+        return "mps", "有 Apple GPU (MPS)"
+    return "cpu", "没有 GPU，用 CPU"
+
+
+def pick_dtype(dtype, device: str, path: Path) -> tuple[torch.dtype, str]:
+    """The dtype for a model on a device and the reason.
+
+    Raises:
+        HelpersError: an unknown dtype.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype, "dtype 由你指定"
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise HelpersError(f"不认识的 dtype [unknown dtype]：{dtype!r}，可选 auto、{'、'.join(DTYPES)}")
+        return DTYPES[dtype], "dtype 由你指定"
+    if device == "cpu":
+        size = sum(file.stat().st_size for file in verify_checkpoint(path))
+        if size < SMALL_CHECKPOINT_BYTES:
+            return torch.float32, "CPU 上的小模型用 float32：最精确，内存也够"
+        return torch.bfloat16, "CPU 上的大模型用 bfloat16：float32 要两倍内存"
+    if device == "mps":
+        return torch.float16, "Apple GPU 用 float16"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
+        return torch.bfloat16, "GPU 原生支持 bfloat16，权重也是以 bfloat16 保存的"
+    return torch.float16, "这块 GPU 早于 Ampere，没有原生 bfloat16，用 float16"
+
+
+def quantization_config(quantization: str, dtype: torch.dtype):
+    """The bitsandbytes configuration for "int8" or "nf4"; `HelpersError` if unknown or bitsandbytes is missing."""
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if quantization not in ("int8", "nf4"):
+        raise HelpersError(f"不认识的量化方式 [unknown quantization]：{quantization!r}，可选 None、'int8'、'nf4'")
+    if not is_bitsandbytes_available():
+        raise HelpersError("量化需要 bitsandbytes [bitsandbytes not installed]：pip install bitsandbytes")
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
+
+
+def add_adapter(model, adapter):
+    """Put the PEFT LoRA adapter in directory `adapter` on `model`; `CheckpointError` if it is not one."""
+    from peft import PeftModel
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise CheckpointError(f"这不是 LoRA adapter 目录 [not an adapter directory]：{adapter}，缺少 adapter_config.json")
+    return PeftModel.from_pretrained(model, adapter)
