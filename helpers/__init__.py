@@ -8,9 +8,12 @@
 from . import modeling, tokenization
 from .characters import CharacterCard, SessionMeta, export_card_v2, get_character, import_card_v2, load_characters
 from .chat import ChatSession, ContextWarning, chat, stream_chat
+from .display import prompt_xray
+from .doctor import memory, preflight
 from .download import download_model
 from .errors import HelpersError
-from .loading import LoadChoice, choose, load, resolve_model
+from .loading import LoadChoice, choose, load, pick_model, resolve_model
+from .receipt import write_receipt
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,11 @@ __all__ = [
     "import_card_v2",
     "load",
     "load_characters",
+    "memory",
+    "pick_model",
+    "preflight",
+    "prompt_xray",
     "resolve_model",
     "stream_chat",
+    "write_receipt",
 ]

@@ -80,22 +80,29 @@ def resolve_model(model="auto") -> Path:
     return _resolve(model)[0]
 
 
+def pick_model(model="auto") -> tuple[str, str]:
+    """Which model is meant and why: "auto" becomes "6b" on a CUDA GPU of at least 16 GiB, else "nano"."""
+    if model != "auto":
+        return str(model), f"指定了 {model}"
+    memory = gpu_gib()
+    if memory >= MIN_GPU_GIB:
+        return "6b", f"auto 选了 6b：GPU 有 {memory:.0f} GiB 显存（至少要 {MIN_GPU_GIB}）"
+    seen = f"最大的 GPU 只有 {memory:.0f} GiB 显存" if memory else "没有 CUDA GPU"
+    return "nano", f"auto 选了 nano：{seen}，6b 至少要 {MIN_GPU_GIB} GiB。Nano 是教学替身，不是 6B"
+
+
 def _resolve(model) -> tuple[Path, str]:
-    if model == "auto":
-        memory = gpu_gib()
-        if memory >= MIN_GPU_GIB:
-            return _downloaded_6b(), f"auto 选了 6b：GPU 有 {memory:.0f} GiB 显存（至少要 {MIN_GPU_GIB}）"
-        seen = f"最大的 GPU 只有 {memory:.0f} GiB 显存" if memory else "没有 CUDA GPU"
-        return NANO_DIR, f"auto 选了 nano：{seen}，6b 至少要 {MIN_GPU_GIB} GiB。Nano 是教学替身，不是 6B"
-    if model == "nano":
-        return NANO_DIR, "指定了 nano：教学替身，结构和文件格式与 6B 相同"
-    if model == "6b":
-        return _downloaded_6b(), "指定了 6b"
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        raise CheckpointError(f"没有这个模型 [unknown model]：{model!r}。可选 auto、nano、6b，或一个模型目录的路径")
+    name, reason = pick_model(model)
+    if name == "nano":
+        path = NANO_DIR
+    elif name == "6b":
+        path = _downloaded_6b()
+    else:
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            raise CheckpointError(f"没有这个模型 [unknown model]：{name!r}。可选 auto、nano、6b，或一个模型目录的路径")
     verify_checkpoint(path)
-    return path, "指定了目录"
+    return path, reason
 
 
 def _downloaded_6b() -> Path:

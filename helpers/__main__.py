@@ -1,0 +1,100 @@
+"""The command line: `python -m helpers COMMAND`. Each command imports what it needs only when it runs."""
+
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from .errors import HelpersError
+
+app = typer.Typer(
+    help="CharacterGLM-6B：运行 notebook、对话、下载与体检 [run, chat, download, doctor]",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # would swallow the words in brackets
+    pretty_exceptions_enable=False,
+)
+
+Numbers = Annotated[
+    list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")
+]
+OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
+
+
+class PairCommand(TyperCommand):
+    """Takes papermill's `-p NAME VALUE`, joined into one word before parsing: Typer has no list of pairs."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Parse after turning every `-p NAME VALUE` into `-p NAME=VALUE`."""
+        return super().parse_args(ctx, join_pairs(args))
+
+
+def join_pairs(args: list[str]) -> list[str]:
+    """`args` with the two words after -p or --parameter made one; `-p NAME=VALUE` is left as it is."""
+    joined: list[str] = []
+    words = iter(args)
+    for word in words:
+        joined.append(word)
+        if word in ("-p", "--parameter"):
+            name = next(words, None)
+            value = next(words, None) if name and "=" not in name else None
+            joined += [] if name is None else [name if value is None else f"{name}={value}"]
+    return joined
+
+
+def split_pairs(pairs: list[str] | None) -> list[tuple[str, str]]:
+    """(name, value) of every NAME=VALUE; bad usage if the value is missing."""
+    split = [pair.partition("=") for pair in pairs or []]
+    for name, equals, _ in split:
+        if not name or not equals:
+            raise typer.BadParameter("写法是 -p NAME VALUE [-p takes a name and a value]", param_hint="-p")
+    return [(name, value) for name, _, value in split]
+
+
+@app.callback()
+def commands() -> None:
+    """Keeps `run` a subcommand while it is the only one."""
+
+
+@app.command(cls=PairCommand)
+def run(
+    notebooks: Numbers = None,
+    model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME VALUE", help="notebook 参数，可重复 [repeatable]"),
+    ] = None,
+    output_dir: OutputDir = "outputs",
+) -> None:
+    """无界面运行 notebook [run the notebooks headless]"""
+    from .runner import parse_parameters, print_summary, run_notebooks
+
+    parameters = parse_parameters(split_pairs(parameter))
+    results = run_notebooks(notebooks or [], model=model, parameters=parameters, output_dir=output_dir)
+    print_summary(results, output_dir)
+    raise typer.Exit(int(any(result.status != "ok" for result in results)))
+
+
+@app.command()
+def refresh(notebooks: Numbers = None, output_dir: OutputDir = "outputs") -> None:
+    """在 Nano 上重跑并更新 git 里的输出 [renew the outputs kept in git]"""
+    from .refresh import refresh_notebooks
+    from .runner import print_summary
+
+    results = refresh_notebooks(notebooks or [], output_dir=output_dir)
+    print_summary(results, output_dir)
+    raise typer.Exit(int(any(result.status != "ok" for result in results)))
+
+
+def main() -> None:
+    """Run a command; a problem the reader can fix is one line and exit code 1."""
+    try:
+        app()
+    except HelpersError as error:
+        print(f"错误 [error]：{error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
