@@ -27,7 +27,7 @@ from helpers.modeling import CharacterGLMConfig, CharacterGLMForCausalLM
 NANO_DIR = Path(__file__).parent.parent / "data" / "nano"
 PIECES = 4084  # with 5 control tokens and padding to a multiple of 64: a vocabulary of 4096
 CONTEXT = 2048
-TOKENS_PER_BATCH = 6144
+TOKENS_PER_BATCH = 4096
 IGNORED = -100
 
 
