@@ -1,10 +1,11 @@
 """Personas: `SessionMeta` (the four fields of CharacterGLM's prompt) and `CharacterCard` (with greeting and source)."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from .errors import CharacterError
 
@@ -16,8 +17,14 @@ def _none_is_empty(value: Any) -> Any:
     return "" if value is None else value
 
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"\S")]
-Text = Annotated[str, BeforeValidator(_none_is_empty), StringConstraints(max_length=8000)]
+def _valid_unicode(text: str) -> str:
+    text.encode("utf-8")  # half a surrogate pair raises a ValueError here, or much later in the tokenizer
+    return text
+
+
+Unicode = Annotated[str, AfterValidator(_valid_unicode)]
+Name = Annotated[Unicode, StringConstraints(min_length=1, max_length=64, pattern=r"\S")]
+Text = Annotated[Unicode, BeforeValidator(_none_is_empty), StringConstraints(max_length=8000)]
 
 
 class SessionMeta(BaseModel):
@@ -26,7 +33,7 @@ class SessionMeta(BaseModel):
     Texts are kept as given; the chat template turns line breaks into spaces and leaves an empty `*_info` line out.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True, validate_assignment=True)
 
     bot_name: Name = Field(description="The character's name, at most 64 characters.")
     bot_info: Text = Field("", description="The character's persona, at most 8,000 characters.")
@@ -42,7 +49,7 @@ class CharacterCard(SessionMeta):
 
 
 def as_session_meta(value: SessionMeta | dict) -> SessionMeta:
-    """`value` as a validated `SessionMeta`.
+    """`value` as a validated `SessionMeta`; a dict with a greeting becomes a `CharacterCard`.
 
     Raises:
         CharacterError: naming the field at fault.
@@ -54,7 +61,7 @@ def as_session_meta(value: SessionMeta | dict) -> SessionMeta:
             "缺少人设 session_meta [session_meta required]：请给出含 bot_name、bot_info、user_name、user_info 的 dict，"
             f"收到的是 {type(value).__name__}"
         )
-    return _validate(SessionMeta, value)
+    return _validate(CharacterCard if "greeting" in value else SessionMeta, value)
 
 
 def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCard]:
@@ -64,7 +71,7 @@ def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCa
         CharacterError: the file is missing, not JSON, or a card is not valid.
     """
     cards = _read_json_object(Path(file))
-    return {name: _validate(CharacterCard, card, name) for name, card in cards.items()}
+    return {name: _validate(CharacterCard, card, f"角色 {name} 的") for name, card in cards.items()}
 
 
 def get_character(name: str) -> CharacterCard:
@@ -115,47 +122,54 @@ def import_card_v2(card: dict | str | Path) -> CharacterCard:
     """
     if not isinstance(card, dict):
         card = _read_json_object(Path(card))
-    data = card.get("data")
-    if card.get("spec") != "chara_card_v2" or not isinstance(data, dict):
-        raise CharacterError("这不是 character card V2 [not a V2 card]：需要 spec='chara_card_v2' 和 data 对象")
-    extensions = data.get("extensions")
-    ours = extensions.get(CARD_EXTENSION) if isinstance(extensions, dict) else None
-    ours = ours if isinstance(ours, dict) else {}
-    names = {"{{char}}": data.get("name"), "{{user}}": ours.get("user_name", "用户")}
-    info = [data.get(field) for field in ("description", "personality", "scenario")]
-    fields = {
-        **ours,
-        "bot_name": data.get("name"),
-        "bot_info": _fill_names(" ".join(text for text in info if isinstance(text, str) and text.strip()), names),
-        "greeting": _fill_names(data.get("first_mes"), names),
-        "source": ours.get("source", "character card V2"),
-    }
-    return _validate(CharacterCard, fields)
+    if card.get("spec") != "chara_card_v2":
+        raise CharacterError("这不是 character card V2 [not a V2 card]：需要 spec='chara_card_v2'；V1 的卡请先转成 V2")
+    data = _validate(_CardData, card.get("data"), "V2 卡 data 的")
+    ours = data.extensions.get(CARD_EXTENSION)
+    persona = {"user_name": "用户", "source": "character card V2", **(ours if isinstance(ours, dict) else {})}
+    info = " ".join(text for text in (data.description, data.personality, data.scenario) if text.strip())
+    names = {"char": data.name, "bot": data.name, "user": persona["user_name"]}
+    persona |= {"bot_name": data.name, "bot_info": _fill_names(info, names)}
+    return _validate(CharacterCard, persona | {"greeting": _fill_names(data.first_mes, names)})
 
 
-def _fill_names(text: Any, names: dict[str, str]) -> Any:
-    if isinstance(text, str):
-        for placeholder, name in names.items():
-            text = text.replace(placeholder, str(name))
-    return text
+class _CardData(BaseModel):
+    """What is used of the `data` of a character-card V2."""
+
+    name: Name
+    description: Text = ""
+    personality: Text = ""
+    scenario: Text = ""
+    first_mes: Text = ""
+    extensions: Annotated[dict, BeforeValidator(lambda value: {} if value is None else value)] = {}
 
 
-def _validate(model: type[SessionMeta], fields: Any, name: str = "") -> Any:
+def _fill_names(text: str, names: dict[str, str]) -> str:
+    """Replace {{char}}, <BOT>, {{user}} and <USER> in any case, as the V1 and V2 specifications ask for."""
+    return re.sub(
+        r"\{\{(char|user)\}\}|<(bot|user)>", lambda m: str(names[(m[1] or m[2]).lower()]), text, flags=re.IGNORECASE
+    )
+
+
+def _validate(model: type[BaseModel], fields: Any, whose: str = "") -> Any:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
         problems = "；".join(f"{'.'.join(map(str, e['loc'])) or '整体'}：{e['msg']}" for e in error.errors())
-        who = f"角色 {name} 的" if name else ""
-        raise CharacterError(f"{who}人设不合格 [invalid persona]：{problems}") from None
+        raise CharacterError(f"{whose}人设不合格 [invalid persona]：{problems}") from None
 
 
 def _read_json_object(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # Windows editors begin a file with a mark
     except FileNotFoundError:
         raise CharacterError(f"找不到角色文件 [file not found]：{file}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CharacterError(f"角色文件不是有效的 UTF-8 JSON [invalid JSON]：{file}（{error}）") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CharacterError(
+            f"角色文件不是有效的 UTF-8 JSON [invalid JSON]：{file}（{error}）。PNG 卡请先导出成 JSON"
+        ) from None
+    except OSError as error:
+        raise CharacterError(f"读不了角色文件 [cannot read file]：{file}（{error}）") from None
     if not isinstance(content, dict):
         raise CharacterError(f"角色文件的内容不是 JSON 对象 [not a JSON object]：{file}")
     return content

@@ -2,15 +2,17 @@
 
 import bisect
 import threading
-import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
-from .characters import CharacterCard, SessionMeta, as_session_meta
+from .characters import as_session_meta
 from .errors import BusyError, ChatError
-from .generation import GenerationParameters, PromptCache, decode_growing, stream_tokens
+from .generation import GenerationParameters, PromptCache, Reply, decode_growing, decode_reply
 
 EXPORT_FORMAT = "characterglm-chat/1"
+MIN_REPLY_TOKENS = 16  # a prompt that leaves less room than this is refused
 
 
 class ContextWarning(UserWarning):
@@ -33,18 +35,26 @@ def chat(model, tokenizer, session_meta, query, history=None, **generation):
         ChatError: an empty or invalid text, a malformed history, a senseless parameter, a prompt that cannot fit.
         CharacterError: an invalid persona.
     """
-    response = ""
-    for response in stream_chat(model, tokenizer, session_meta, query, history, **generation):
-        pass
+    response = _last(stream_chat(model, tokenizer, session_meta, query, history, **generation))
     return response, [*map(list, history or []), [query, response]]
 
 
 def stream_chat(model, tokenizer, session_meta, query, history=None, **generation) -> Iterator[str]:
     """Like `chat`, but yields the growing reply. Closing the iterator stops the model within one token."""
-    request = _Request(model, tokenizer, session_meta, query, history or [], generation)
+    request = _Request(model, tokenizer, session_meta, query, [] if history is None else history, generation)
     if request.dropped:
         warn_dropped(request.dropped)
-    yield from request.stream(PromptCache(), threading.Event())
+    yield from _read(tokenizer, request.reply(PromptCache()).start())
+
+
+def _read(tokenizer, reply: Reply) -> Iterator[str]:
+    with closing(iter(reply)) as pieces:
+        yield from decode_growing(tokenizer, pieces)
+
+
+def _last(replies: Iterator[str]) -> str:
+    with closing(replies):
+        return deque(replies, maxlen=1).pop()
 
 
 def build_messages(query: str, history) -> list[dict]:
@@ -53,10 +63,14 @@ def build_messages(query: str, history) -> list[dict]:
     Raises:
         ChatError: a text is empty or not valid Unicode, or the history is not a list of [query, response].
     """
+    if not isinstance(history, (list, tuple)):
+        raise ChatError(f"history 应为列表 [malformed history]，每项是 [query, response]，收到 {history!r:.80}")
     messages = []
     for position, entry in enumerate(history):
         if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-            raise ChatError(f"history 第 {position + 1} 项应为 [query, response] [malformed history]，收到 {entry!r:.80}")
+            raise ChatError(
+                f"history 第 {position + 1} 项应为 [query, response] [malformed history]，收到 {entry!r:.80}"
+            )
         if entry[0] != "" or position > 0:
             messages.append({"role": "user", "content": _checked(entry[0], f"history 第 {position + 1} 项的 query")})
         reply = _checked(entry[1], f"history 第 {position + 1} 项的 response", may_be_empty=True)
@@ -93,34 +107,30 @@ def fit_history(tokenizer, session_meta, query: str, history, limit: int, droppe
         dropped: how many of the oldest exchanges are left out already.
 
     Returns:
-        `(input_ids, dropped)`.
-
-    Raises:
-        ChatError: the persona and the query alone are longer than `limit`.
+        `(input_ids, dropped)`. The ids are more than `limit` if the persona and the query alone are.
     """
 
     def prompt(start: int) -> list[int]:
         return encode_prompt(tokenizer, session_meta, query, history[start:])
 
-    dropped = min(dropped, len(history))
+    build_messages(query, history)  # checks all of it, before it is cut
+    input_ids = prompt(0)
+    if len(input_ids) <= limit:
+        return input_ids, 0
     input_ids = prompt(dropped)
-    if len(input_ids) > limit:
+    if not limit // 2 <= len(input_ids) <= limit:  # shorter: more was dropped than this limit asks for
         # Fewer exchanges never make a longer prompt, so the smallest number to drop can be found by bisection.
         starts = range(len(history))
         dropped = bisect.bisect_left(starts, True, key=lambda start: len(prompt(start)) <= limit * 3 // 4)
         input_ids = prompt(dropped)
-    if len(input_ids) > limit:
-        raise ChatError(
-            f"人设和这句话太长 [prompt too long]：共 {len(input_ids)} 个 token，最多 {limit}。请缩短人设或这句话"
-        )
     return input_ids, dropped
 
 
 def warn_dropped(dropped: int) -> None:
     """Say that the oldest exchanges are no longer in the prompt."""
-    warnings.warn(
-        f"对话超出上下文长度 [context full]：最早的 {dropped} 轮没有放进 prompt，人设保留", ContextWarning, stacklevel=3
-    )
+    text = f"对话超出上下文长度 [context full]：最早的 {dropped} 轮没有放进 prompt，人设保留"
+    # With `warn`, Python shows a text only once: a second conversation would lose its turns in silence.
+    warnings.warn_explicit(text, ContextWarning, __file__, 0, registry={})
 
 
 class _Request:
@@ -134,38 +144,15 @@ class _Request:
         self.input_ids, self.dropped = fit_history(
             tokenizer, as_session_meta(session_meta), query, history, context - reserve, dropped
         )
-        self.max_new_tokens = min(self.parameters.max_new_tokens, context - len(self.input_ids))
+        room = context - len(self.input_ids)
+        if room < min(self.parameters.max_new_tokens, MIN_REPLY_TOKENS):
+            raise ChatError(
+                f"人设和这句话太长 [prompt too long]：共 {len(self.input_ids)} 个 token，加上回复最多 {context}。请缩短人设或这句话"
+            )
+        self.config = self.parameters.to_config(min(self.parameters.max_new_tokens, room))
 
-    def stream(self, cache: PromptCache, stop: threading.Event) -> Iterator[str]:
-        config = self.parameters.to_config(self.max_new_tokens)
-        tokens = stream_tokens(
-            self.model, self.input_ids, config, cache=cache, stop=stop, seed=self.parameters.seed
-        )
-        try:
-            yield from decode_growing(self.tokenizer, self._timed(tokens))
-        finally:
-            tokens.close()
-
-    def _timed(self, tokens):
-        self.started, self.first_token, self.tokens_generated = time.perf_counter(), None, 0
-        for piece in tokens:
-            self.finished = time.perf_counter()
-            self.first_token = self.first_token or self.finished
-            self.tokens_generated += len(piece)
-            yield piece
-
-    def statistics(self) -> dict:
-        """Prompt and reply length in tokens, time to first token in seconds, and tokens per second after it."""
-        if not self.tokens_generated:
-            return {}
-        decoding = self.finished - self.first_token
-        speed = (self.tokens_generated - 1) / decoding if self.tokens_generated > 1 and decoding > 0 else None
-        return {
-            "prompt_tokens": len(self.input_ids),
-            "new_tokens": self.tokens_generated,
-            "time_to_first_token": self.first_token - self.started,
-            "tokens_per_second": speed,
-        }
+    def reply(self, cache: PromptCache, on_end=None) -> Reply:
+        return Reply(self.model, self.input_ids, self.config, cache, self.parameters.seed, on_end)
 
 
 def context_length(model) -> int:
@@ -187,9 +174,9 @@ class ChatSession:
     def __init__(self, model, tokenizer, session_meta, **generation):
         GenerationParameters.check(generation)
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
-        self.statistics: dict = {}  # of the last reply, see _Request.statistics
+        self.statistics: dict = {}  # of the last reply, see Reply.statistics
         self.dropped_turns = 0  # oldest exchanges that were not in the last prompt
-        self._cache, self._stop, self._busy = PromptCache(), threading.Event(), threading.Lock()
+        self._cache, self._reply, self._lock = PromptCache(), None, threading.Lock()
         self.session_meta = as_session_meta(session_meta)
         self.history: list[list[str]] = []
         self.clear()
@@ -202,13 +189,15 @@ class ChatSession:
         """Say something and yield the growing reply.
 
         When the reply ends, or is stopped or the iterator is closed, what there is of it joins the history. If an
-        error is raised the history stays as it was.
+        error is raised the history stays as it was. An iterator that is neither read on nor closed keeps nobody
+        waiting: the reply ends by itself.
         """
-        return self._reply(query, len(self.history), generation)
+        return self._stream(generation, query=query)
 
     def stop(self) -> None:
         """End the reply being written, within one token; what there is of it is kept. From any thread."""
-        self._stop.set()
+        if self._reply is not None:
+            self._reply.stop()
 
     def regenerate(self, **generation) -> str:
         """Answer the last query again, in place of the last reply, and return the new one."""
@@ -216,7 +205,7 @@ class ChatSession:
 
     def stream_again(self, **generation) -> Iterator[str]:
         """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised."""
-        return self._reply(self._last_exchange()[0], len(self.history) - 1, generation)
+        return self._stream(generation, again=True)
 
     def undo(self) -> str:
         """Take the last exchange back and return its query."""
@@ -262,8 +251,8 @@ class ChatSession:
     def to_markdown(self) -> str:
         """The conversation as Markdown, a paragraph a message."""
         names = (self.session_meta.user_name, self.session_meta.bot_name)
-        lines = [f"**{name}**：{text}" for entry in self.history for name, text in zip(names, entry) if text]
-        return "\n\n".join(lines)
+        messages = [(name, text) for entry in self.history for name, text in zip(names, entry) if text]
+        return "\n\n".join(f"**{name}**：{' '.join(text.splitlines())}" for name, text in messages)
 
     @classmethod
     def restore(cls, model, tokenizer, exported: dict) -> "ChatSession":
@@ -278,30 +267,30 @@ class ChatSession:
         if not isinstance(history, list) or not isinstance(generation, dict):
             raise ChatError("导出的对话已损坏 [damaged export]：history 应为列表，generation 应为对象")
         build_messages("检查", history)
-        meta = exported.get("session_meta")
-        card = CharacterCard.model_validate(meta) if isinstance(meta, dict) and "greeting" in meta else meta
-        session = cls(model, tokenizer, as_session_meta(card), **generation)
+        GenerationParameters.check(generation)
+        session = cls(model, tokenizer, exported.get("session_meta"), **generation)
         session.history = [list(entry) for entry in history]
         return session
 
-    def _reply(self, query, position: int, generation: dict) -> Iterator[str]:
-        """Generate a reply to `query` after `history[:position]` and put the exchange at `position`."""
+    def _stream(self, generation: dict, query="", again: bool = False) -> Iterator[str]:
+        """Start a reply to `query`, or the last one again, and yield it as it grows."""
         with self._not_busy():
-            past = self.history[:position]
+            if again:
+                query = self._last_exchange()[0]
+            past = self.history[: len(self.history) - again]
             parameters = {**self.generation, **generation}
             request = _Request(
                 self.model, self.tokenizer, self.session_meta, query, past, parameters, self.dropped_turns
             )
             self._note_dropped(request.dropped)
-            self._stop = threading.Event()
-            response = ""
-            try:
-                for response in request.stream(self._cache, self._stop):
-                    yield response
-            except GeneratorExit:
-                pass  # the reader left: keep what there is
-            self.history = [*past, [query, response]]
-            self.statistics = request.statistics()
+            self._reply = reply = request.reply(self._cache, lambda reply: self._record(past, query, reply))
+            reply.start()  # only now: a stop() must find the reply it is meant for
+        yield from _read(self.tokenizer, reply)
+
+    def _record(self, past: list, query: str, reply: Reply) -> None:
+        """In the reply's thread, when it has ended: let it join the history, whether or not somebody reads it."""
+        self.history = [*past, [query, decode_reply(self.tokenizer, reply.token_ids)]]
+        self.statistics = reply.statistics()
 
     def _note_dropped(self, dropped: int) -> None:
         if dropped > self.dropped_turns:
@@ -313,26 +302,10 @@ class ChatSession:
             raise ChatError("还没有说过话 [no exchange yet]：先用 send 说一句")
         return self.history[-1]
 
+    @contextmanager
     def _not_busy(self):
-        return _Exclusive(self._busy)
-
-
-class _Exclusive:
-    """Hold a lock or refuse at once: a second reply, or an edit, while one is being written would lose text."""
-
-    def __init__(self, lock: threading.Lock):
-        self.lock = lock
-
-    def __enter__(self):
-        if not self.lock.acquire(blocking=False):
-            raise BusyError("正在生成回复 [busy]：请等它结束，或先 stop()")
-
-    def __exit__(self, *exc):
-        self.lock.release()
-
-
-def _last(replies: Iterator[str]) -> str:
-    response = ""
-    for response in replies:
-        pass
-    return response
+        """Refuse at once while a reply is written: a second one, or an edit, would lose text."""
+        with self._lock:
+            if self._reply is not None and self._reply.running:
+                raise BusyError("正在生成回复 [busy]：请等它结束，或先 stop()")
+            yield

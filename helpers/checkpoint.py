@@ -1,15 +1,18 @@
 """Is this directory a complete CharacterGLM checkpoint? Cheap checks on the files, and clear errors when one fails."""
 
 import json
+import re
 import struct
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import CheckpointError, HelpersError
+import torch
+
+from .errors import CheckpointError
 
 WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+OTHER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # may be absent
 REDOWNLOAD = "请重新下载这个文件：python -m helpers download（已完整的文件不会重复下载）"
 
 
@@ -44,6 +47,9 @@ def verify_checkpoint(directory: Path) -> list[Path]:
             f"这不是 CharacterGLM 的模型目录 [not a CharacterGLM directory]：{directory} 的 config.json 里 "
             f"model_type={config.get('model_type')!r}，应为 'chatglm'"
         )
+    for name in OTHER_SETTINGS:
+        if (directory / name).exists():
+            read_json(directory / name)
     files = weight_files(directory)
     for file in files:
         verify_weight_file(file)
@@ -56,25 +62,35 @@ def weight_files(directory: Path) -> list[Path]:
         if (directory / single).is_file():
             return [directory / single]
         if (directory / index).is_file():
-            weight_map = read_json(directory / index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index} 里没有 weight_map [invalid index]：{directory / index}。{REDOWNLOAD}")
-            return [directory / name for name in sorted(set(weight_map.values()))]
+            return _files_of_index(directory / index)
     raise CheckpointError(
         f"目录里没有权重文件 [no weight files]：{directory}，"
         f"需要 {WEIGHT_INDEXES[1]} 和它列出的分片，或 model.safetensors。{REDOWNLOAD}"
     )
 
 
-def verify_weight_file(file: Path) -> None:
-    """Raise `CheckpointError` if `file` is missing or was cut short."""
+def _files_of_index(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index.name} 里没有 weight_map [invalid index]：{index}。{REDOWNLOAD}")
+    for key, name in weight_map.items():
+        # A plain file name: an index must not reach outside its directory.
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise CheckpointError(
+                f"{index.name} 里 {key} 的文件名 {name!r} 无效 [invalid index]：{index}。{REDOWNLOAD}"
+            )
+    return [index.with_name(name) for name in sorted(set(weight_map.values()))]
+
+
+def verify_weight_file(file: Path, way_out: str = REDOWNLOAD) -> None:
+    """Raise `CheckpointError` if `file` is missing or was cut short; `way_out` ends the message."""
     if not file.is_file():
-        raise CheckpointError(f"缺少权重分片 {file.name} [missing shard]：{file}。{REDOWNLOAD}")
+        raise CheckpointError(f"缺少权重分片 {file.name} [missing shard]：{file}。{way_out}")
     intact = _safetensors_intact(file) if file.suffix == ".safetensors" else _torch_archive_intact(file)
     if not intact:
         raise CheckpointError(
             f"权重文件 {file.name} 不完整或已损坏 [truncated or corrupt]：{file}，"
-            f"现有 {file.stat().st_size:,} 字节。{REDOWNLOAD}"
+            f"现有 {file.stat().st_size:,} 字节。{way_out}"
         )
 
 
@@ -84,60 +100,82 @@ def _torch_archive_intact(file: Path) -> bool:
 
 
 def _safetensors_intact(file: Path) -> bool:
-    # 8 bytes of header length, the header, then the data up to the largest offset in the header.
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if len(start) < 8:
-            return False
-        (length,) = struct.unpack("<Q", start)
-        if 8 + length > file.stat().st_size:
-            return False
-        header = json.loads(stream.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return file.stat().st_size == 8 + length + max(ends, default=0)
-
-
-@contextmanager
-def explain_load_error(directory):
-    """Turn what transformers and torch raise while reading weights into a `CheckpointError` that says what to do."""
     try:
-        yield
-    except HelpersError:
-        raise
+        header, start = _safetensors_header(file)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error):
+        return False
+    return file.stat().st_size == start + end
+
+
+def _safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
+    # 8 bytes of header length, the header (JSON), then the data, to which the offsets in the header refer.
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if 8 + length > file.stat().st_size:
+            raise ValueError("header longer than the file")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in an intact weight file. Their data is not read: milliseconds on 10 GB.
+
+    Raises:
+        CheckpointError: a `.bin` holds anything but named tensors. Such a pickle could run code when it is opened;
+            it is read with `weights_only`, which refuses instead.
+    """
+    if file.suffix == ".safetensors":
+        return {name: tuple(entry["shape"]) for name, entry in _safetensors_header(file)[0].items()}
+    try:
+        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     except Exception as error:
-        text = str(error)
-        if "weights_only" in text or "Unsupported global" in text or "UnpicklingError" in type(error).__name__:
-            message = (
-                f"拒绝加载含有可执行代码的权重文件 [unsafe pickle refused]：{directory}。"
-                "官方权重只含张量；请从 ModelScope 重新下载，不要使用来历不明的 .bin"
-            )
-        elif "size mismatch" in text or "mismatched" in text or "split" in text and "size" in text:
-            message = (
-                f"权重的形状与 config.json 不符 [wrong shape]：{directory}。"
-                f"config.json 和权重必须来自同一个模型，请一起重新下载。原始信息：{_first_lines(text)}"
-            )
-        else:
-            raise
-        raise CheckpointError(message) from error
+        raise CheckpointError(
+            f"拒绝加载 {file.name}：里面不只是张量，可能藏有可执行代码 [unsafe pickle refused]：{file}。"
+            "请从 ModelScope 重新下载官方权重，不要使用来历不明的 .bin"
+        ) from error
+
+
+def verify_weights(directory: Path, *layouts: dict[str, tuple[int, ...]], ignored: str | None = None) -> None:
+    """Check that a checkpoint holds exactly the weights of one of `layouts` (name to shape).
+
+    transformers would only warn about missing weights and go on with random numbers in their place.
+
+    Args:
+        ignored: a regular expression for names that may be there without being in the layout.
+
+    Raises:
+        CheckpointError: naming weight and file.
+    """
+    shapes, home = {}, {}
+    for file in weight_files(directory):
+        found = stored_shapes(file)
+        shapes.update(found)
+        home.update(dict.fromkeys(found, file.name))
+    expected = max(layouts, key=lambda layout: len(layout.keys() & shapes.keys()))
+    unknown = [name for name in shapes if name not in expected and not (ignored and re.search(ignored, name))]
+    wrong = [name for name in expected if name in shapes and shapes[name] != tuple(expected[name])]
+    _refuse_weights(directory, "缺少权重 [missing keys]", [name for name in expected if name not in shapes])
+    _refuse_weights(directory, "有不认识的权重 [unexpected keys]", [f"{home[name]} 里的 {name}" for name in unknown])
+    _refuse_weights(
+        directory,
+        "权重的形状与 config.json 不符 [wrong shape]",
+        [f"{home[name]} 里的 {name} 是 {shapes[name]}，应为 {tuple(expected[name])}" for name in wrong],
+    )
+
+
+def _refuse_weights(directory, problem: str, examples: list[str]) -> None:
+    if examples:
+        raise CheckpointError(
+            f"{problem}：{directory} 里有 {len(examples)} 处，例如 {examples[0]}。"
+            f"没有用随机数代替。config.json 和权重必须来自同一个模型，{REDOWNLOAD}"
+        )
 
 
 def refuse_missing_weights(directory, loading_info: dict) -> None:
     """Raise `CheckpointError` if transformers had to make weights up or could not use some of them."""
-    for kind, meaning in (
-        ("missing_keys", "缺少权重 [missing keys]"),
-        ("mismatched_keys", "权重形状不符 [wrong shape]"),
-        ("unexpected_keys", "有不认识的权重 [unexpected keys]"),
-        ("conversion_errors", "权重无法转换 [conversion failed]"),
-    ):
-        keys = loading_info.get(kind)
-        if keys:
-            names = sorted(str(key) for key in keys)
-            raise CheckpointError(
-                f"{meaning}：{directory} 里共 {len(names)} 个，例如 {names[0]}。"
-                f"没有用随机数代替。config.json 和权重必须来自同一个模型，{REDOWNLOAD}"
-            )
-
-
-def _first_lines(text: str, count: int = 3) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:count])[:500]
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "conversion_errors"):
+        names = sorted(map(str, loading_info.get(kind) or ()))
+        _refuse_weights(directory, f"权重与模型对不上 [{kind.replace('_', ' ')}]", names)

@@ -1,10 +1,12 @@
 """The role-play dialogues of `data/dialogues/`: reading, splitting, and turning them into chat messages."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError
 
 from .characters import CharacterCard, load_characters
 from .errors import HelpersError
@@ -43,23 +45,47 @@ def history_to_messages(history: Iterable) -> list[dict]:
     return messages
 
 
+class _Row(BaseModel):
+    """One line of a dialogue file."""
+
+    id: str = Field(min_length=1)
+    character: str
+    history: list[tuple[str, Annotated[str, Field(pattern=r"\S")]]] = Field(min_length=1)
+
+
 def load_dialogues(directory: Path = DIALOGUES_DIR) -> list[Dialogue]:
     """All dialogues of a directory of JSONL files, in file order.
 
     Raises:
-        HelpersError: naming file and line of a row that is not valid.
+        HelpersError: there are no such files, or naming file and line of a row that is not valid.
     """
+    files = sorted(directory.glob("*.jsonl"))
+    if not files:
+        raise HelpersError(f"没有对话文件 [no dialogue files]：{directory} 里应有 .jsonl 文件")
     cards = load_characters()
-    return [_parse(file, number, line, cards) for file in sorted(directory.glob("*.jsonl")) for number, line in _lines(file)]
+    return [_parse(file, number, line, cards) for file in files for number, line in _lines(file)]
 
 
-def _lines(file: Path):
-    return enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+def _lines(file: Path) -> list[tuple[int, str]]:
+    try:
+        with file.open(encoding="utf-8") as lines:  # not splitlines(): U+2028 may stand in a JSON string
+            return list(enumerate(lines, start=1))
+    except UnicodeDecodeError as error:
+        raise HelpersError(f"{file.name} 不是 UTF-8 文本 [invalid UTF-8]：{error}") from None
 
 
 def _parse(file: Path, number: int, line: str, cards: dict) -> Dialogue:
     try:
-        row = json.loads(line)
-        return Dialogue(row["id"], cards[row["character"]], [[query, response] for query, response in row["history"]])
-    except (ValueError, KeyError, TypeError) as error:
-        raise HelpersError(f"{file.name} 第 {number} 行无效 [invalid dialogue]：{error!r}") from None
+        row = _Row.model_validate_json(line)
+        if row.character not in cards:
+            raise ValueError(f"没有叫 {row.character} 的角色")
+        if any(not query.strip() for query, _ in row.history[1:]):
+            raise ValueError("只有第一轮的 query 可以为空")
+        return Dialogue(row.id, cards[row.character], [list(entry) for entry in row.history])
+    except ValueError as error:
+        problem = "；".join(_describe(error)) if isinstance(error, ValidationError) else str(error)
+        raise HelpersError(f"{file.name} 第 {number} 行无效 [invalid dialogue]：{problem}") from None
+
+
+def _describe(error: ValidationError) -> list[str]:
+    return [f"{'.'.join(map(str, e['loc'])) or '整行'}：{e['msg']}" for e in error.errors()]

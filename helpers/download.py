@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .checkpoint import verify_checkpoint
+from .checkpoint import REDOWNLOAD, verify_checkpoint
 from .errors import CheckpointError, HelpersError
 
 MODEL_ID = "THUCoAI/CharacterGLM-6B"
@@ -24,25 +24,35 @@ def default_model_dir(model_id: str = MODEL_ID) -> Path:
 def candidate_dirs(model_id: str = MODEL_ID) -> list[Path]:
     """Where the model may be already: our own place, then both path schemes of ModelScope's cache.
 
-    modelscope <= 1.37 writes `{cache}/THUCoAI/CharacterGLM-6B`, newer versions
-    `{cache}/models/THUCoAI--CharacterGLM-6B/snapshots/master`.
+    modelscope <= 1.37 writes `{cache}/THUCoAI/CharacterGLM-6B` or `{cache}/models/THUCoAI/CharacterGLM-6B` (by default
+    under `hub`), newer versions `{cache}/models/THUCoAI--CharacterGLM-6B/snapshots/master`.
     """
-    cache = Path(os.environ.get("MODELSCOPE_CACHE", Path.home() / ".cache" / "modelscope" / "hub"))
+    cache = Path(os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope").expanduser()
+    snapshot = Path(model_id.replace("/", "--")) / "snapshots" / "master"
     found = [default_model_dir(model_id), Path("models") / model_id.split("/")[-1]]
-    for base in (AUTODL_DATA_DISK, cache, cache / "models"):
-        found += [base / model_id, base / "models" / model_id.replace("/", "--") / "snapshots" / "master"]
+    for base in (AUTODL_DATA_DISK, cache, cache / "hub"):
+        found += [base / model_id, base / "models" / model_id, base / "models" / snapshot]
     return found
 
 
 def find_downloaded(model_id: str = MODEL_ID) -> Path | None:
     """The first candidate directory with a complete checkpoint, or None."""
-    for directory in candidate_dirs(model_id):
-        try:
-            verify_checkpoint(directory)
-        except CheckpointError:
-            continue
-        return directory
-    return None
+    return next(filter(_is_complete, candidate_dirs(model_id)), None)
+
+
+def verify_download(directory: Path) -> None:
+    """Raise `CheckpointError` unless weights, config and tokenizer are there and whole."""
+    verify_checkpoint(directory)
+    if not (directory / "tokenizer.model").is_file():
+        raise CheckpointError(f"缺少文件 tokenizer.model [missing file]：{directory}。{REDOWNLOAD}")
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        verify_download(directory)
+    except CheckpointError:
+        return False
+    return True
 
 
 def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None) -> Path:
@@ -57,17 +67,22 @@ def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None
         The directory with the complete checkpoint.
 
     Raises:
-        HelpersError: the disk is too full.
+        HelpersError: the disk is too full, or ModelScope cannot be reached.
         CheckpointError: the download ended but files are missing or damaged.
     """
     if local_dir is None and (found := find_downloaded(model_id)):
         return found
-    target = Path(local_dir) if local_dir is not None else default_model_dir(model_id)
+    target = Path(local_dir).expanduser() if local_dir is not None else default_model_dir(model_id)
+    if _is_complete(target):
+        return target
     require_disk_space(target)
     from modelscope import snapshot_download  # slow import, only needed here
 
-    snapshot_download(model_id, local_dir=str(target), ignore_file_pattern=IGNORED_FILES)
-    verify_checkpoint(target)
+    try:
+        snapshot_download(model_id, local_dir=str(target), ignore_patterns=IGNORED_FILES)
+    except Exception as error:
+        raise HelpersError(f"下载没有完成 [download failed]：{error}。再运行一次会从断点继续") from error
+    verify_download(target)  # a version of modelscope reported success although files had failed
     return target
 
 

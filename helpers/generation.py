@@ -1,9 +1,11 @@
 """From prompt ids to a growing reply: checked parameters, a reusable KV cache, a stream that can be stopped."""
 
 import difflib
+import math
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +18,13 @@ from .tokenization import NEWLINE_ID
 
 EOS_ID = 2
 STOP_IDS = [EOS_ID, NEWLINE_ID]
+
+# Where a reply ends, how many there are and where the KV cache is kept is decided here, not by the caller.
+FIXED_PARAMETERS = {
+    *("eos_token_id", "pad_token_id", "stop_strings", "num_return_sequences", "return_dict_in_generate"),
+    *("use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
+}
+SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 # torch's default random generator is one per process: two replies at once would draw from each other's seed.
 _one_reply_at_a_time = threading.Lock()
@@ -37,6 +46,10 @@ class GenerationParameters(BaseModel):
     max_new_tokens: int = Field(512, ge=1, description="Longest reply, in tokens.")
     max_length: int | None = Field(None, ge=1, description="Limit of prompt and reply together; None: the model's.")
     num_beams: int = Field(1, ge=1, description="Beam search width; above 1 the reply comes in one piece.")
+    min_new_tokens: int | None = Field(None, ge=0, description="Shortest reply, in tokens.")
+    no_repeat_ngram_size: int | None = Field(None, ge=0, description="No n tokens in a row come twice; 0: off.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Leave out tokens this much less likely than the best.")
+    typical_p: float | None = Field(None, gt=0, le=1, description="Locally typical sampling.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Makes sampling repeatable.")
 
     @classmethod
@@ -46,24 +59,47 @@ class GenerationParameters(BaseModel):
         Raises:
             ChatError: an unknown name (with the closest known one) or a senseless value.
         """
-        known = {*cls.model_fields, *GenerationConfig().to_dict()} - {"num_return_sequences", "eos_token_id"}
-        for name in parameters.keys() - known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"你是不是想写 {close[0]}？" if close else f"常用的有 {'、'.join(cls.model_fields)}"
-            raise ChatError(f"不认识的生成参数 [unknown generation parameter]：{name}。{hint}")
+        _refuse_unknown(parameters, {*cls.model_fields, *GenerationConfig().to_dict()} - FIXED_PARAMETERS)
         try:
-            return cls.model_validate(parameters)
+            checked = cls.model_validate(parameters)
         except ValidationError as error:
-            problems = "；".join(f"{e['loc'][0]}={e['input']!r}：{e['msg']}" for e in error.errors())
-            raise ChatError(f"生成参数没有意义 [invalid generation parameter]：{problems}。要确定性输出请用 do_sample=False") from None
+            raise _invalid(f"{e['loc'][0]}={e['input']!r}：{e['msg']}" for e in error.errors()) from None
+        for name, value in parameters.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise _invalid([f"{name}={value!r}：不是有限的数"])
+        if (checked.min_new_tokens or 0) > checked.max_new_tokens:
+            raise _invalid([f"min_new_tokens={checked.min_new_tokens} 大于 max_new_tokens={checked.max_new_tokens}"])
+        return checked
 
     def to_config(self, max_new_tokens: int) -> GenerationConfig:
-        """A `GenerationConfig` that ends a reply at newline or eos."""
+        """A `GenerationConfig` that ends a reply at newline or eos.
+
+        Raises:
+            ChatError: transformers refuses a value.
+        """
         fields = self.model_dump(exclude={"seed", "max_length", "max_new_tokens"})
         if not self.do_sample:  # transformers warns about sampling parameters that have no effect
-            for name in ("temperature", "top_k", "top_p"):
-                fields.pop(name)
-        return GenerationConfig(**fields, max_new_tokens=max_new_tokens, eos_token_id=STOP_IDS, pad_token_id=0)
+            fields = {name: value for name, value in fields.items() if name not in SAMPLING_ONLY}
+        try:
+            return GenerationConfig(**fields, max_new_tokens=max_new_tokens, eos_token_id=STOP_IDS, pad_token_id=0)
+        except (ValueError, TypeError) as error:
+            raise _invalid([str(error)]) from None
+
+
+def _refuse_unknown(names: Iterable[str], known: set[str]) -> None:
+    for name in names:
+        if name in FIXED_PARAMETERS:
+            raise ChatError(f"{name} 由本项目设定，不能更改 [fixed parameter]：回复以换行或 eos 结束，一次一条")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"你是不是想写 {close[0]}？" if close else f"常用的有 {'、'.join(GenerationParameters.model_fields)}"
+            raise ChatError(f"不认识的生成参数 [unknown generation parameter]：{name}。{hint}")
+
+
+def _invalid(problems: Iterable[str]) -> ChatError:
+    text = "；".join(problems)
+    hint = "。要确定性输出请用 do_sample=False" if "temperature" in text else ""
+    return ChatError(f"生成参数没有意义 [invalid generation parameter]：{text}{hint}")
 
 
 class PromptCache:
@@ -114,64 +150,127 @@ class _StopEvent(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
-class _TokenQueue(BaseStreamer):
-    """Puts every generated token into a queue. The first call carries the prompt and is skipped."""
+class _NewTokens(BaseStreamer):
+    """Passes on every generated token. The first call carries the prompt and is skipped."""
 
-    def __init__(self, tokens: queue.Queue):
-        self.tokens, self.prompt_seen = tokens, False
+    def __init__(self, receive: Callable[[list[int]], None]):
+        self.receive, self.prompt_seen = receive, False
 
     def put(self, value):
         """Called by `generate` with a tensor of token ids."""
         if self.prompt_seen:
-            self.tokens.put(value.tolist())
+            self.receive(value.flatten().tolist())
         self.prompt_seen = True
 
     def end(self):
-        """Called by `generate` at the end; the worker thread reports that itself."""
+        """Called by `generate` at the end."""
 
 
-def stream_tokens(
-    model, input_ids: list[int], config: GenerationConfig, *, cache: PromptCache, stop: threading.Event, seed=None
-) -> Iterator[list[int]]:
-    """Yield the reply's token ids as they are generated, in lists of one (or all at once with beam search).
+class Reply:
+    """One reply, generated in a thread of its own: iterate for its token ids as they come.
 
-    Generation runs in a thread of its own. Closing this iterator, or setting `stop`, ends it within one token. An
-    exception in the thread is raised here.
+    They come in lists of one (all at once with beam search). `stop`, or leaving the iteration, ends the generation
+    within one token. An error in the thread is raised by the iteration. Nobody has to iterate: the thread then runs to
+    the end of the reply.
+
+    Args:
+        on_end: called in the thread when the reply has ended or was stopped, but not after an error.
     """
-    results: queue.Queue = queue.Queue()
 
-    def work():
+    def __init__(
+        self, model, input_ids: list[int], config: GenerationConfig, cache: PromptCache, seed=None, on_end=None
+    ):
+        self.model, self.input_ids, self.config, self.cache = model, input_ids, config, cache
+        self.seed, self.on_end = seed, on_end or (lambda reply: None)
+        self.token_ids: list[int] = []
+        self._pieces: queue.Queue = queue.Queue()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="reply", daemon=True)
+
+    def start(self) -> "Reply":
+        """Begin to generate."""
+        self._started = time.perf_counter()
+        self._thread.start()
+        return self
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread is still at work."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End the generation within one token. From any thread."""
+        self._stopped.set()
+
+    def __iter__(self) -> Iterator[list[int]]:
         try:
-            with _one_reply_at_a_time, _seeded(model.device, seed):
-                _generate(model, input_ids, config, cache, stop, results)
-            results.put(None)
-        except BaseException as error:  # handed to the consumer, which raises it
-            cache.clear()
-            results.put(error)
+            while (piece := self._pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self.stop()
+            # An abandoned iterator is closed by the garbage collector, which runs in any thread, even in this one.
+            if threading.current_thread() is not self._thread:
+                self._thread.join()
 
-    worker = threading.Thread(target=work, name="generate", daemon=True)
-    worker.start()
+    def statistics(self) -> dict:
+        """Lengths in tokens, seconds to the first token, tokens per second after it, and whether the reply was complete."""
+        if not self.token_ids:
+            return {}
+        decoding, later = self._last_time - self._first_time, len(self.token_ids) - 1
+        return {
+            "prompt_tokens": len(self.input_ids),
+            "new_tokens": len(self.token_ids),
+            "time_to_first_token": self._first_time - self._started,
+            "tokens_per_second": later / decoding if decoding > 0 else None,
+            "ended_by_itself": self.token_ids[-1] in STOP_IDS,
+        }
+
+    def _work(self) -> None:
+        outcome = None
+        try:
+            with _turn(self._stopped) as mine, _seeded(self.model.device, self.seed):
+                if mine:
+                    self._generate()
+            self.on_end(self)
+        except BaseException as error:  # handed to the reader, who raises it
+            self.cache.clear()
+            outcome = error
+        self._pieces.put(outcome)
+
+    def _generate(self) -> None:
+        prompt = torch.tensor([self.input_ids], device=self.model.device)
+        options = {"attention_mask": torch.ones_like(prompt), "generation_config": self.config}
+        options["stopping_criteria"] = StoppingCriteriaList([_StopEvent(self._stopped)])
+        if self.config.num_beams > 1:  # beams reorder the cache and cannot stream
+            output = self.model.generate(prompt, **options)[0].tolist()
+            self._receive(output[len(self.input_ids) :])
+            return
+        self.cache.reuse(self.input_ids)
+        options["streamer"] = _NewTokens(self._receive)
+        output = self.model.generate(prompt, past_key_values=self.cache.key_values, **options)
+        self.cache.record(output[0].tolist())
+
+    def _receive(self, token_ids: list[int]) -> None:
+        self._last_time = time.perf_counter()
+        if not self.token_ids:
+            self._first_time = self._last_time
+        self.token_ids += token_ids
+        self._pieces.put(token_ids)
+
+
+@contextmanager
+def _turn(stopped: threading.Event):
+    """Wait for the replies before this one. Yields False if this one was stopped while it waited."""
+    while not (mine := _one_reply_at_a_time.acquire(timeout=0.05)):
+        if stopped.is_set():
+            break
     try:
-        while (item := results.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        yield mine and not stopped.is_set()
     finally:
-        stop.set()
-        worker.join()
-
-
-def _generate(model, input_ids, config, cache, stop, results) -> None:
-    prompt = torch.tensor([input_ids], device=model.device)
-    options = {"attention_mask": torch.ones_like(prompt), "generation_config": config}
-    options["stopping_criteria"] = StoppingCriteriaList([_StopEvent(stop)])
-    if config.num_beams > 1:  # beams reorder the cache and cannot stream
-        output = model.generate(prompt, **options)[0].tolist()
-        results.put(output[len(input_ids) :])
-        return
-    cache.reuse(input_ids)
-    output = model.generate(prompt, past_key_values=cache.key_values, streamer=_TokenQueue(results), **options)
-    cache.record(output[0].tolist())
+        if mine:
+            _one_reply_at_a_time.release()
 
 
 @contextmanager
@@ -186,12 +285,15 @@ def _seeded(device: torch.device, seed: int | None):
         yield
 
 
-def decode_growing(tokenizer, pieces: Iterator[list[int]]) -> Iterator[str]:
-    """Yield the text so far after each piece, without the end token and never with half a character."""
-    token_ids, shown = [], None
+def decode_growing(tokenizer, pieces: Iterable[list[int]]) -> Iterator[str]:
+    """Yield the text so far, stripped, whenever it grows; without the end token and never with half a character."""
+    spelled, shown = b"", None
     for piece in pieces:
-        token_ids += piece
-        text = decode_reply(tokenizer, token_ids)
+        end = next((i for i, token in enumerate(piece) if token in STOP_IDS), len(piece))
+        spelled += b"".join(_spell(tokenizer, token) for token in piece[:end])
+        # "ignore" leaves out bytes that are no character yet; the decoder of the tokenizer would then give up all
+        # characters of that run of byte tokens.
+        text = spelled.decode("utf-8", errors="ignore").strip()
         if text != shown:
             shown = text
             yield text
@@ -200,6 +302,15 @@ def decode_growing(tokenizer, pieces: Iterator[list[int]]) -> Iterator[str]:
 
 
 def decode_reply(tokenizer, token_ids: list[int]) -> str:
-    """The text of a reply: up to newline or eos, stripped, without bytes of an unfinished character at its end."""
-    end = next((i for i, token in enumerate(token_ids) if token in STOP_IDS), len(token_ids))
-    return tokenizer.decode(token_ids[:end], skip_special_tokens=True).rstrip("\ufffd").strip()
+    """The text of a whole reply, as the last text of `decode_growing`."""
+    return list(decode_growing(tokenizer, [token_ids]))[-1]
+
+
+def _spell(tokenizer, token_id: int) -> bytes:
+    """The UTF-8 bytes a token stands for; none for control tokens and for ids that pad the vocabulary."""
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    if piece is None or token_id in tokenizer.all_special_ids:
+        return b""
+    if len(piece) == 6 and piece.startswith("<0x"):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace("▁", " ").encode()

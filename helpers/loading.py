@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .checkpoint import verify_checkpoint
+from .checkpoint import read_json, stored_shapes, verify_checkpoint, verify_weight_file
 from .download import find_downloaded
 from .errors import CheckpointError, HelpersError
 
@@ -58,6 +58,11 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
         options["quantization_config"] = quantization_config(quantization, choice.dtype)
     tokenizer = AutoTokenizer.from_pretrained(choice.path)
     loaded = AutoModelForCausalLM.from_pretrained(choice.path, **options)
+    if len(tokenizer) > loaded.config.vocab_size:
+        raise CheckpointError(
+            f"tokenizer.model 有 {len(tokenizer)} 个 token，模型只有 {loaded.config.vocab_size} 个 [tokenizer mismatch]："
+            f"{choice.path}。它们必须来自同一个模型"
+        )
     if adapter is not None:
         loaded = add_adapter(loaded, adapter)
     return loaded.eval(), tokenizer
@@ -174,9 +179,35 @@ def quantization_config(quantization: str, dtype: torch.dtype):
 
 
 def add_adapter(model, adapter):
-    """Put the PEFT LoRA adapter in directory `adapter` on `model`; `CheckpointError` if it is not one."""
-    from peft import PeftModel
+    """Put the PEFT LoRA adapter in directory `adapter` on `model`.
 
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise CheckpointError(f"这不是 LoRA adapter 目录 [not an adapter directory]：{adapter}，缺少 adapter_config.json")
-    return PeftModel.from_pretrained(model, adapter)
+    Raises:
+        CheckpointError: not an adapter, damaged, incomplete, or made for another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    stored = stored_shapes(_adapter_file(Path(adapter)))
+    try:
+        loaded = PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"LoRA adapter 和这个模型对不上 [adapter does not fit]：{adapter}。请用为这个模型训练的 adapter "
+            f"（见 notebook 04）。原始信息：{str(error)[:300]}"
+        ) from error
+    # PEFT only warns about these and leaves them at zero, that is, without effect.
+    missing = sorted(get_peft_model_state_dict(loaded, save_embedding_layers=False).keys() - stored.keys())
+    if missing:
+        raise CheckpointError(f"LoRA adapter 缺少权重 [missing adapter keys]：{adapter}，例如 {missing[0]}。请重新训练或复制")
+    return loaded
+
+
+def _adapter_file(directory: Path) -> Path:
+    if not (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"这不是 LoRA adapter 目录 [not an adapter directory]：{directory}，缺少 adapter_config.json"
+        )
+    read_json(directory / "adapter_config.json")
+    names = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT prefers them
+    file = next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
+    verify_weight_file(file, "请重新训练，或重新复制 adapter 目录")
+    return file

@@ -11,13 +11,22 @@ modelling code here. Three declarations are enough:
 Checked against the original code in `tests/unit/test_parity.py`: float32 logits are equal.
 """
 
+import math
+from copy import deepcopy
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GlmConfig, GlmForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Split,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    revert_weight_conversion,
+)
 
-from .checkpoint import explain_load_error, refuse_missing_weights, verify_checkpoint
+from .checkpoint import refuse_missing_weights, verify_checkpoint, verify_weights
 from .errors import UnsupportedConfigError
 
 MODEL_TYPE = "chatglm"
@@ -76,10 +85,11 @@ class CharacterGLMConfig(GlmConfig):
 
     def __post_init__(self, **kwargs):
         refuse_unsupported_settings(kwargs)
-        kwargs.setdefault("rope_theta", 10000.0 * (kwargs.get("rope_ratio") or 1.0))
-        if kwargs.get("multi_query_attention") is False:
-            self.num_key_value_heads = self.num_attention_heads
+        kwargs.pop("auto_map", None)  # remote code has no part in this, nor in what is saved
+        kwargs.setdefault("rope_theta", 10000.0 * checked_rope_ratio(kwargs.get("rope_ratio")))
         super().__post_init__(**kwargs)
+        if kwargs.get("multi_query_attention") is False:  # then multi_query_group_num, just set, means nothing
+            self.num_key_value_heads = self.num_attention_heads
 
 
 def refuse_unsupported_settings(settings: dict) -> None:
@@ -91,6 +101,15 @@ def refuse_unsupported_settings(settings: dict) -> None:
             raise UnsupportedConfigError(
                 f"config.json 里的 {name}={value!r} 无法支持 [unsupported setting]，只支持 {required!r}。{hint}。"
             )
+
+
+def checked_rope_ratio(ratio) -> float:
+    """`rope_ratio` as a number, 1.0 if it is absent; `UnsupportedConfigError` if it is not a positive number."""
+    if ratio is None:
+        return 1.0
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
+        raise UnsupportedConfigError(f"config.json 里的 rope_ratio={ratio!r} 没有意义 [invalid rope_ratio]，应为正数")
+    return float(ratio)
 
 
 class CharacterGLMForCausalLM(GlmForCausalLM):
@@ -111,11 +130,38 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
         """
         path = pretrained_model_name_or_path
         if path is not None and Path(path).is_dir() and kwargs.get("state_dict") is None:
-            verify_checkpoint(Path(path))
-        with explain_load_error(path):
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            cls._verify(Path(path), kwargs.get("config"))
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         refuse_missing_weights(path, info)
         return (model, info) if output_loading_info else model
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As in torch, and takes the original names too.
+
+        `save_pretrained` writes those, and `Trainer` gives them back here when it resumes or loads the best checkpoint.
+        With `strict=False`, which it uses, torch would leave every weight as it is.
+        """
+        return super().load_state_dict(native_state_dict(state_dict, self.config), *args, **kwargs)
+
+    @classmethod
+    def _verify(cls, directory: Path, config=None) -> None:
+        verify_checkpoint(directory)
+        if not isinstance(config, CharacterGLMConfig):
+            config = CharacterGLMConfig.from_pretrained(config or directory)
+        if getattr(config, "quantization_config", None) is None:  # quantised on disk: packed weights, other shapes
+            ignored = "|".join(cls._keys_to_ignore_on_load_unexpected)
+            verify_weights(directory, *expected_shapes(config), ignored=ignored)
+
+
+def expected_shapes(config: CharacterGLMConfig) -> tuple[dict, dict]:
+    """Names and shapes of the weights a checkpoint with this config must hold: in the original layout, and in GLM's."""
+    with torch.device("meta"):  # shapes only, no memory
+        model = CharacterGLMForCausalLM(deepcopy(config))
+    native = model.state_dict()
+    if config.tie_word_embeddings:
+        native.pop("lm_head.weight")
+    original = revert_weight_conversion(model, native)
+    return tuple({name: tuple(tensor.shape) for name, tensor in layout.items()} for layout in (original, native))
 
 
 def _qkv(suffix: str) -> WeightConverter:
@@ -136,6 +182,21 @@ WEIGHT_MAPPING = [
     _qkv("weight"),
     _qkv("bias"),
 ]
+
+
+def native_state_dict(state_dict: dict, config: CharacterGLMConfig) -> dict:
+    """`state_dict` with GLM's names, whichever of the two layouts it has."""
+    renamings = [mapping for mapping in WEIGHT_MAPPING if isinstance(mapping, WeightRenaming)]
+    rows = [config.head_dim * n for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+    native = {}
+    for name, tensor in state_dict.items():
+        name = apply_renamings(name, renamings)
+        if ".query_key_value." in name:
+            layer, suffix = name.split(".self_attention.query_key_value.")
+            native |= {f"{layer}.self_attn.{p}_proj.{suffix}": part for p, part in zip("qkv", tensor.split(rows))}
+        elif not name.endswith("rotary_pos_emb.inv_freq"):
+            native[name] = tensor
+    return native
 
 
 def register() -> None:

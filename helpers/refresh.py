@@ -66,7 +66,8 @@ def _is_injected(cell: NotebookNode) -> bool:
 
 def _clean_cell(cell: NotebookNode) -> NotebookNode:
     cell = NotebookNode(cell)
-    cell.metadata = {key: value for key, value in cell.metadata.items() if key in KEPT_CELL_METADATA}
+    # papermill puts an empty list of tags on every cell.
+    cell.metadata = {k: value for k, value in cell.metadata.items() if k in KEPT_CELL_METADATA and value != []}
     if cell.cell_type == "code":
         cell.outputs = [_clean_output(output) for output in cell.outputs]
     return cell

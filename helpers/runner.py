@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from papermill import execute_notebook, inspect_notebook
@@ -60,9 +61,10 @@ class InterpreterKernelManager(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        """The launch command of this interpreter's own ipykernel."""
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=command, display_name="Python 3 (ipykernel)", language="python")
+        """The specification of this interpreter's own ipykernel, less its log: it reports every normal end."""
+        spec = KernelSpec(**get_kernel_dict())
+        spec.argv = [*spec.argv, "--log-level=CRITICAL"]
+        return spec
 
 
 def run_notebooks(
@@ -175,12 +177,18 @@ class CellProgress:
 
     def on_cell_start(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
         """nbclient's hook: called before every cell, text cells included."""
+        if cell_index == self.injected_at:
+            return
         self.current = self.position(cell_index)
         label = f"单元格 cell {self.current}/{self.cells}"
         self.bar.update(self.task, completed=self.current - 1, cell=label)
         if not self.console.is_terminal and cell.cell_type == "code":
             elapsed = time.monotonic() - self.started
             print(f"{self.notebook}  {label}  {elapsed:.1f} s", flush=True)
+
+    def finish(self) -> None:
+        """Fill the bar: the last cell has ended."""
+        self.bar.update(self.task, completed=self.cells)
 
 
 def run_one(path: Path, result: Result, output_dir: Path) -> None:
@@ -194,6 +202,7 @@ def run_one(path: Path, result: Result, output_dir: Path) -> None:
     try:
         with progress.bar:
             _execute(path, output_dir / path.name, result.parameters, progress)
+            progress.finish()
         result.status = "ok"
     except PapermillExecutionError as error:
         result.failure = describe_failure(error, progress)

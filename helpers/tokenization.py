@@ -5,6 +5,8 @@ SentencePiece BPE with byte fallback, reproduced with the `tokenizers` library; 
 (`</s>`, `[gMASK]`, `<0x0A>`) are spelled out in ordinary pieces.
 """
 
+import json
+import re
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer, TokenizersBackend
 from transformers.tokenization_utils_base import generate_merges
 
 from .characters import as_session_meta
+from .checkpoint import REDOWNLOAD
 from .errors import CheckpointError
 from .modeling import CharacterGLMConfig
 
@@ -21,6 +24,7 @@ from .modeling import CharacterGLMConfig
 APPENDED_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
 PREFIX_TOKENS = ("[gMASK]", "<sop>")
 NEWLINE_ID = 13  # <0x0A>: ends a reply
+FIXED_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x0A>": NEWLINE_ID}  # what every tokenizer of the family agrees on
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
@@ -37,22 +41,43 @@ class ChatGLMTokenizer(TokenizersBackend):
     model = BPE
 
     @classmethod
-    def convert_to_native_format(cls, **kwargs):
-        """Vocabulary and merges from `tokenizer.model`, or from `tokenizer.json` after `save_pretrained`."""
-        if kwargs.get("vocab_file") and Path(kwargs["vocab_file"]).is_file():
-            kwargs["vocab"], kwargs["merges"] = read_sentencepiece(kwargs["vocab_file"])
-            kwargs.pop("tokenizer_file", None)
-            return kwargs
-        return super().convert_to_native_format(**kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers.
 
-    def __init__(self, vocab=None, merges=None, **kwargs):
-        if vocab is None:
-            raise CheckpointError(
-                f"缺少文件 tokenizer.model [missing file]：{kwargs.get('name_or_path', '')}。请重新下载：python -m helpers download"
-            )
+        Raises:
+            CheckpointError: `tokenizer.model` is missing or damaged, or `tokenizer.json` is.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except json.JSONDecodeError as error:
+            file = Path(pretrained_model_name_or_path) / "tokenizer.json"
+            raise CheckpointError(f"tokenizer.json 不是有效的 JSON [invalid JSON]：{file}（{error}）。{REDOWNLOAD}") from None
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs):
+        """Vocabulary and merges from `tokenizer.model`, or from `tokenizer.json` after `save_pretrained`.
+
+        Raises:
+            CheckpointError: neither file is there, or it is damaged, or of another model.
+        """
+        file = kwargs.get("vocab_file") or kwargs.get("tokenizer_file")
+        if file is None or not Path(file).is_file():
+            directory = kwargs.get("name_or_path", "")
+            raise CheckpointError(f"缺少文件 tokenizer.model [missing file]：{directory}。{REDOWNLOAD}")
+        if kwargs.get("vocab_file"):
+            kwargs["vocab"], kwargs["merges"] = read_sentencepiece(file)
+            kwargs.pop("tokenizer_file", None)
+        else:
+            kwargs = super().convert_to_native_format(**kwargs)
+        vocab = kwargs.get("vocab") or {}
+        if any(vocab.get(piece) != i for piece, i in FIXED_IDS.items()):
+            raise CheckpointError(f"这不是 CharacterGLM 的词表 [not CharacterGLM's tokenizer]：{file}。{REDOWNLOAD}")
+        return kwargs
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], **kwargs):
         self._tokenizer = build_backend(vocab, merges)
         # Old settings files spell these differently; the family has one fixed set.
-        for name in ("unk_token", "bos_token", "eos_token", "pad_token", "additional_special_tokens"):
+        for name in ("unk_token", "bos_token", "eos_token", "pad_token", "additional_special_tokens", "auto_map"):
             kwargs.pop(name, None)
         kwargs["extra_special_tokens"] = [AddedToken(token, normalized=False, special=True) for token in APPENDED_TOKENS]
         kwargs["split_special_tokens"] = True  # text never becomes a control token
@@ -70,6 +95,20 @@ class ChatGLMTokenizer(TokenizersBackend):
         if chat_prefix:
             kwargs["add_special_tokens"] = True
         return super().__call__(*args, **kwargs)
+
+    def convert_tokens_to_string(self, tokens):
+        """The text of a list of tokens; bytes that are no character become U+FFFD.
+
+        As SentencePiece does it: the decoder of `tokenizers` would give up every character of a run of byte tokens if one
+        byte of it were wrong or still to come, as it is for a moment in every streamed emoji.
+        """
+        data = b"".join(piece_bytes(token) for token in tokens if token is not None)
+        text = data.decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if tokens and tokens[0] and tokens[0].startswith("▁") else text
+
+    def _decode(self, token_ids, skip_special_tokens=False, **kwargs):
+        token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        return self.convert_tokens_to_string(self.convert_ids_to_tokens(token_ids, skip_special_tokens))
 
     def apply_chat_template(self, conversation, *args, session_meta=None, tokenizer_kwargs=None, **kwargs):
         """As in transformers, with `session_meta=` (a dict or a `SessionMeta`) and the `[gMASK] <sop>` prefix.
@@ -104,7 +143,7 @@ def read_sentencepiece(file) -> tuple[dict[str, int], list[tuple[str, str]]]:
     try:
         pieces = SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"tokenizer.model 已损坏 [invalid tokenizer.model]：{file}。请重新下载这个文件") from error
+        raise CheckpointError(f"tokenizer.model 已损坏 [invalid tokenizer.model]：{file}。{REDOWNLOAD}") from error
     vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
     not_text = {
         pieces.id_to_piece(i)
@@ -122,6 +161,13 @@ def build_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Token
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return backend
+
+
+def piece_bytes(piece: str) -> bytes:
+    """The UTF-8 bytes that a piece of the vocabulary stands for."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace("▁", " ").encode()
 
 
 def register() -> None:

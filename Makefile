@@ -1,0 +1,58 @@
+# One command each. `make run` and `make test` set everything up first; the second time they start at once.
+VENV_PYTHON := .venv/bin/python
+READY := .venv/.ready
+SETUP_FILES := requirements.txt requirements-dev.txt constraints.txt pyproject.toml scripts/setup.sh
+ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run notebooks refresh test lint lab kernel bench nano clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# An environment belongs to the folder it was made in: a copied or moved project makes its own.
+ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+$(READY): $(SETUP_FILES) $(VENV_PYTHON)
+	@bash scripts/setup.sh
+
+# A missing interpreter (another image under the same data disk) sends the environment back to set-up.
+$(VENV_PYTHON): ;
+
+setup: $(READY) ## make .venv, or bring it up to date
+
+run: $(READY) ## run every notebook on CharacterGLM-Nano
+	$(VENV_PYTHON) -m helpers run --model $(or $(MODEL),nano)
+
+notebooks: $(READY) ## run every notebook on the model that fits this machine, or: make notebooks MODEL=6b
+	$(VENV_PYTHON) -m helpers run --model $(or $(MODEL),auto)
+
+refresh: $(READY) ## run on nano and keep the outputs in notebooks/, ready for git
+	$(VENV_PYTHON) -m helpers refresh
+
+test: $(READY) lint ## everything: linter, unit, notebook and browser tests
+	@bash scripts/get_browser.sh
+	$(VENV_PYTHON) -m pytest
+
+lint: $(READY) ## ruff
+	$(VENV_PYTHON) -m ruff check .
+
+lab: $(READY) ## JupyterLab on 127.0.0.1 with a kernel that has everything
+	$(VENV_PYTHON) -m jupyterlab --ServerApp.ip=127.0.0.1 $(ROOT_FLAG) \
+		--LabApp.default_url=/lab/tree/notebooks
+
+kernel: $(READY) ## add the kernel "characterglm" to a JupyterLab that is already running
+	$(VENV_PYTHON) -m ipykernel install --user --name characterglm --display-name "Python 3 (CharacterGLM)"
+
+bench: $(READY) ## every benchmark, one after another
+	@for script in $(sort $(wildcard benchmarks/*.py)); do \
+		echo "== $$script"; $(VENV_PYTHON) $$script || exit 1; done
+
+nano: $(READY) ## train CharacterGLM-Nano again
+	$(VENV_PYTHON) scripts/build_nano.py
+
+clean: ## remove .venv and caches; outputs/ and models/ stay
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""How much sooner does a reply begin if the KV cache is kept from turn to turn?
+
+Measured: the time from asking to the first piece of the reply, prompt rendering and thread start included, in a
+conversation whose prompt has about 1,500 tokens. `ChatSession`, which keeps the cache, against `stream_chat`, which
+computes the whole prompt anew, for the same history and query: both in one run, in alternating order, after a warm-up,
+the conversation going on by one turn a repetition. Printed: medians and their ratio, on CharacterGLM-Nano and on a
+random model of the same architecture ten times its size (the time does not depend on what the weights say).
+
+    python benchmarks/kv_cache.py
+    python benchmarks/kv_cache.py --repetitions 15 --threads 1
+"""
+
+import statistics
+import time
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+import helpers
+from helpers.chat import encode_prompt
+from helpers.dialogues import load_dialogues
+from helpers.modeling import CharacterGLMConfig
+
+CHARACTER = "苏梦远"
+REPLY = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
+
+
+def main(
+    history_tokens: Annotated[int, typer.Option(help="Length of the prompt at the start, in tokens.")] = 1500,
+    repetitions: Annotated[int, typer.Option(min=7, help="Turns measured, each in both ways.")] = 11,
+    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
+) -> None:
+    """Print the time to the first token with the cache kept and with the prompt computed anew."""
+    if threads:
+        torch.set_num_threads(threads)
+    table = Table("model", "parameters", "prompt tokens", "cache kept", "computed anew", "ratio")
+    nano, tokenizer = helpers.load("nano", device_map="cpu", dtype="float32")
+    for name, model in (("Nano", nano), ("random", random_model(len(tokenizer)))):
+        kept, anew, tokens = measure(model, tokenizer, history_tokens, repetitions)
+        times = f"{kept * 1000:.1f} ms", f"{anew * 1000:.1f} ms"
+        table.add_row(name, f"{model.num_parameters() / 1e6:.1f}M", str(tokens), *times, f"{anew / kept:.1f}x")
+    console = Console()
+    console.print(
+        f"Median of {repetitions}, CPU, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    console.print(table)
+
+
+def random_model(vocabulary: int):
+    """A model of CharacterGLM's architecture with about 50 million random weights."""
+    config = CharacterGLMConfig(
+        vocab_size=vocabulary,
+        hidden_size=640,
+        intermediate_size=1728,
+        num_hidden_layers=10,
+        num_attention_heads=10,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def measure(model, tokenizer, history_tokens: int, repetitions: int) -> tuple[float, float, int]:
+    """Median seconds to the first token (cache kept, computed anew) and the median prompt length."""
+    session = helpers.ChatSession(model, tokenizer, helpers.get_character(CHARACTER), **REPLY)
+    queries = fill_history(session, tokenizer, history_tokens)
+    session.send(queries.pop())  # fills the cache, as the turn before would have
+    seconds, lengths = {"kept": [], "anew": []}, []
+    for repetition in range(repetitions):
+        query, past = queries.pop(), list(session.history)
+        replies = {  # nothing runs before the first `next`
+            "kept": session.stream(query),
+            "anew": helpers.stream_chat(model, tokenizer, session.session_meta, query, past, **REPLY),
+        }
+        for way in sorted(replies, reverse=repetition % 2 == 1):
+            seconds[way].append(first_token(replies[way]))
+        lengths.append(session.statistics["prompt_tokens"])
+    return *map(statistics.median, seconds.values()), int(statistics.median(lengths))
+
+
+def fill_history(session, tokenizer, tokens: int) -> list[str]:
+    """Put real exchanges into the history until the prompt has `tokens` tokens; return the queries left over."""
+    dialogues = [d for d in load_dialogues() if d.card.bot_name == CHARACTER]
+    exchanges = [list(entry) for d in dialogues for entry in d.history if entry[0]]
+    while len(encode_prompt(tokenizer, session.session_meta, "你好", session.history)) < tokens:
+        session.history.append(exchanges.pop())
+    return [query for query, _ in exchanges]
+
+
+def first_token(replies) -> float:
+    """Seconds until the reply begins; the rest of it is read without being counted."""
+    start = time.perf_counter()
+    next(replies)
+    seconds = time.perf_counter() - start
+    for _ in replies:
+        pass
+    return seconds
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,88 @@
+"""Every notebook runs headless on Nano, from any folder; what cannot run says why."""
+
+import json
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from helpers.runner import NOTEBOOKS_DIR, find_notebooks
+
+NUMBERS = sorted(path.name[:2] for path in NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", NUMBERS)
+def test_notebook_runs_on_nano(run_command, tmp_path: Path, number: str) -> None:
+    done = run_command("-m", "helpers", "run", number, "--model", "nano", "--output-dir", "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    receipt = json.loads((tmp_path / "out" / f"receipt_{number}.json").read_text(encoding="utf-8"))
+    assert receipt["notebook"] == number
+    assert receipt["parameters"]["MODEL"] == "nano"
+    assert receipt["versions"]["torch"]
+    assert receipt["metrics"]
+
+    report = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    (result,) = report["notebooks"]
+    assert (report["status"], result["status"], result["receipt"]) == ("ok", "ok", f"receipt_{number}.json")
+
+    executed = nbformat.read(tmp_path / "out" / result["executed"], as_version=4)
+    assert "widgets" not in executed.metadata
+    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+
+
+@pytest.mark.slow
+def test_plain_papermill_runs_a_notebook_from_any_folder(run_command, tmp_path: Path) -> None:
+    (path,) = find_notebooks(["01"])
+    done = run_command("-m", "papermill", str(path), "out.ipynb", "-p", "MODEL", "nano", "--no-progress-bar")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "outputs" / "receipt_01.json").exists()
+
+
+def test_unknown_parameter_is_refused_before_anything_runs(run_command, tmp_path: Path) -> None:
+    done = run_command("-m", "helpers", "run", "01", "--model", "nano", "-p", "OUTPUT_DIRR", "x")
+    assert done.returncode == 1
+    assert "OUTPUT_DIRR" in done.stderr
+    assert "unknown parameter" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_cell_is_shown_with_number_source_and_traceback(
+    run_command, tmp_path: Path, good_notebook: nbformat.NotebookNode
+) -> None:
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    nbformat.write(good_notebook, folder / "01_small.ipynb")
+    # The command line with another folder of notebooks than the project's.
+    script = (
+        "import functools, sys; from pathlib import Path; from helpers import runner; from helpers.__main__ import main;"
+        "runner.run_notebooks = functools.partial(runner.run_notebooks, notebooks_dir=Path('notebooks')); main()"
+    )
+    done = run_command("-c", script, "run", "01", "--model", "nano", "-p", "STEPS", "0")
+    assert done.returncode == 1
+    assert "cell 4 failed" in done.stderr
+    assert "10 // STEPS" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    assert "\x1b[" not in done.stderr
+    executed = nbformat.read(tmp_path / "outputs" / "01_small.ipynb", as_version=4)
+    assert "ZeroDivisionError" in str(executed.cells)
+    assert sys.executable not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "99"], 1, "notebook not found"),
+        (["run", "-p", "STEPS"], 2, "-p NAME VALUE"),
+        (["run", "--no-such-option"], 2, "no-such-option"),
+        (["no-such-command"], 2, "no-such-command"),
+    ],
+)
+def test_bad_usage_is_one_clear_message(run_command, arguments: list[str], code: int, message: str) -> None:
+    done = run_command("-m", "helpers", *arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,271 @@
+"""Personas: the shipped cards, validation that names the field, and character-card V2 in and out."""
+
+import json
+
+import pytest
+
+import helpers
+from helpers.characters import CHARACTERS_FILE, CharacterCard, SessionMeta, as_session_meta
+from helpers.errors import CharacterError
+
+META = {"bot_name": "阿九", "bot_info": "飞船", "user_name": "林舟", "user_info": "船长"}
+
+# The fields of `data` that the specification requires, with their types (character_book is optional).
+V2_FIELDS = {
+    **dict.fromkeys(("name", "description", "personality", "scenario", "first_mes", "mes_example"), str),
+    **dict.fromkeys(("creator_notes", "system_prompt", "post_history_instructions"), str),
+    **dict.fromkeys(("creator", "character_version"), str),
+    **dict.fromkeys(("alternate_greetings", "tags"), list),
+    "extensions": dict,
+}
+
+
+@pytest.fixture
+def foreign_card():
+    """A card as another program writes it: placeholders, lore book, fields of its own, no extension of ours."""
+    return {
+        "spec": "chara_card_v2",
+        "spec_version": "2.0",
+        "create_date": "2024-1-1",
+        "data": {
+            "name": "Seraphina",
+            "description": "{{char}} guards the forest. {{USER}} was hurt.",
+            "personality": "kind",
+            "scenario": "<BOT> finds <user>.",
+            "first_mes": "*{{Char}} smiles.* Hello, {{user}}!",
+            "mes_example": "<START>\n{{user}}: hi",
+            "character_book": {"entries": []},
+            "system_prompt": "Write {{char}}'s next reply.",
+            "talkativeness": "0.5",
+            "tags": ["fantasy"],
+        },
+    }
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+# --- the shipped cards
+
+
+def test_shipped_cards():
+    cards = helpers.load_characters()
+    assert len(cards) >= 12
+    for name, card in cards.items():
+        assert card.bot_name == name
+        texts = (card.bot_name, card.bot_info, card.user_name, card.user_info, card.greeting)
+        assert all(text.strip() == text != "" for text in texts), name
+        assert not any(text.splitlines()[1:] for text in texts), f"{name}: the prompt has one line a field"
+        assert card.source
+    assert cards["苏梦远"].user_name == "陆星辰"
+
+
+def test_no_shipped_name_comes_twice():
+    names = []
+    json.loads(
+        CHARACTERS_FILE.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: names.extend(k for k, _ in pairs)
+    )
+    cards = [name for name in names if name not in CharacterCard.model_fields]
+    assert len(cards) == len(set(cards)) >= 12
+
+
+def test_shipped_personas_and_greetings_all_differ():
+    cards = helpers.load_characters().values()
+    for field in ("bot_info", "user_info", "greeting"):
+        assert len({getattr(card, field) for card in cards}) == len(cards), field
+
+
+def test_get_character():
+    assert helpers.get_character("林黛玉") == helpers.load_characters()["林黛玉"]
+    with pytest.raises(CharacterError, match="unknown character.*苏梦远.*林黛玉"):
+        helpers.get_character("林代玉")
+
+
+# --- validation
+
+
+@pytest.mark.parametrize("field", META)
+@pytest.mark.parametrize("value", [5, ["x"], {}, True, b"x", "\ud800", "长" * 9000], ids=lambda v: repr(v)[:10])
+def test_invalid_field_is_named(field, value):
+    with pytest.raises(CharacterError, match=f"invalid persona.*{field}"):
+        as_session_meta({**META, field: value})
+
+
+@pytest.mark.parametrize("field", ["bot_name", "user_name"])
+@pytest.mark.parametrize("value", ["", "  ", "\n", None, "名" * 65])
+def test_a_name_is_needed(field, value):
+    with pytest.raises(CharacterError, match=field):
+        as_session_meta({**META, field: value})
+
+
+def test_missing_bot_name_is_named():
+    with pytest.raises(CharacterError, match="bot_name"):
+        as_session_meta({"bot_info": "飞船"})
+
+
+@pytest.mark.parametrize("value", [None, "阿九", 5, [META]])
+def test_a_persona_is_a_dict_or_a_session_meta(value):
+    with pytest.raises(CharacterError, match=f"session_meta required.*{type(value).__name__}"):
+        as_session_meta(value)
+
+
+def test_none_is_an_empty_text():
+    meta = as_session_meta({**META, "bot_info": None, "user_info": None})
+    assert (meta.bot_info, meta.user_info) == ("", "")
+
+
+def test_defaults_and_unknown_keys():
+    assert as_session_meta({"bot_name": "阿九", "extra": 1}) == SessionMeta(bot_name="阿九", user_name="用户")
+
+
+def test_a_dict_with_a_greeting_is_a_card():
+    assert as_session_meta({**META, "greeting": "你来了"}) == CharacterCard(**META, greeting="你来了")
+
+
+def test_texts_are_kept_as_given():
+    text = "  第一行\n第二行 <b> </s> [MASK] 😀"
+    assert as_session_meta({**META, "bot_info": text}).bot_info == text
+
+
+def test_a_persona_stays_valid_when_it_is_changed():
+    meta = SessionMeta(**META)
+    with pytest.raises(ValueError, match="bot_name"):
+        meta.bot_name = ""
+    assert meta.bot_name == "阿九"
+
+
+# --- files
+
+
+def test_cards_from_a_file_of_ones_own(tmp_path):
+    file = write(tmp_path / "mine.json", {"阿九": META})
+    assert helpers.load_characters(file) == {"阿九": CharacterCard(**META)}
+
+
+def test_file_from_a_windows_editor(tmp_path):
+    file = tmp_path / "bom.json"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"阿九": META}).encode())
+    assert list(helpers.load_characters(file)) == ["阿九"]
+
+
+@pytest.mark.parametrize("card, problem", [({**META, "bot_info": 5}, "bot_info"), ("文字", "整体"), ([], "整体")])
+def test_invalid_card_in_a_file_is_named(tmp_path, card, problem):
+    file = write(tmp_path / "cards.json", {"好的": META, "坏的": card})
+    with pytest.raises(CharacterError, match=f"坏的.*{problem}"):
+        helpers.load_characters(file)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '"x"', "[" * 100_000], ids=lambda c: c[:6])
+@pytest.mark.parametrize("read", [helpers.load_characters, helpers.import_card_v2])
+def test_junk_file_is_refused(tmp_path, read, content):
+    with pytest.raises(CharacterError, match="junk.json"):
+        read(write(tmp_path / "junk.json", content))
+
+
+@pytest.mark.parametrize("read", [helpers.load_characters, helpers.import_card_v2])
+def test_unreadable_file_is_refused(tmp_path, read):
+    picture = tmp_path / "card.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    with pytest.raises(CharacterError, match="invalid JSON.*PNG"):
+        read(picture)
+    with pytest.raises(CharacterError, match="file not found"):
+        read(tmp_path / "nowhere.json")
+    with pytest.raises(CharacterError, match="cannot read"):
+        read(tmp_path)
+
+
+# --- character-card V2
+
+
+@pytest.mark.parametrize("card", helpers.load_characters().values(), ids=lambda card: card.bot_name)
+def test_v2_round_trip(card, tmp_path):
+    exported = helpers.export_card_v2(card)
+    assert helpers.import_card_v2(exported) == card
+    assert helpers.import_card_v2(str(write(tmp_path / "card.json", exported))) == card
+
+
+def test_v2_export_has_what_the_specification_requires():
+    card = CharacterCard(**META, greeting="你来了")
+    exported = helpers.export_card_v2(card)
+    assert (exported["spec"], exported["spec_version"]) == ("chara_card_v2", "2.0")
+    assert set(exported) == {"spec", "spec_version", "data"}
+    assert {field: type(value) for field, value in exported["data"].items()} == V2_FIELDS
+    assert exported["data"]["name"] == "阿九"
+    assert exported["data"]["description"] == "飞船"
+    assert exported["data"]["first_mes"] == "你来了"
+
+
+def test_import_of_a_foreign_card(foreign_card):
+    card = helpers.import_card_v2(foreign_card)
+    assert card.bot_name == "Seraphina"
+    assert card.user_name == "用户"
+    assert card.bot_info == "Seraphina guards the forest. 用户 was hurt. kind Seraphina finds 用户."
+    assert card.greeting == "*Seraphina smiles.* Hello, 用户!"
+    assert card.source == "character card V2"
+
+
+def test_placeholders_are_filled_once(foreign_card):
+    foreign_card["data"] |= {"name": "{{user}}", "description": "{{char}} and <USER>"}
+    assert helpers.import_card_v2(foreign_card).bot_info.startswith("{{user}} and 用户")
+
+
+@pytest.mark.parametrize("extensions", [None, {}, {"characterglm": None}, {"characterglm": "x"}, {"depth_prompt": {}}])
+def test_other_extensions_do_no_harm(foreign_card, extensions):
+    foreign_card["data"]["extensions"] = extensions
+    assert helpers.import_card_v2(foreign_card).user_name == "用户"
+
+
+def test_fields_may_be_null_or_missing(foreign_card):
+    foreign_card["data"] = {"name": "Seraphina", "description": None, "first_mes": None}
+    card = helpers.import_card_v2(foreign_card)
+    assert (card.bot_info, card.greeting) == ("", "")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("name", value) for value in (None, "", 5, ["x"], "x" * 65)),
+        *((field, 5) for field in ("description", "personality", "scenario", "first_mes")),
+        ("description", ["a", "b"]),
+        ("extensions", "x"),
+    ],
+)
+def test_wrong_type_in_a_foreign_card_is_named(foreign_card, field, value):
+    foreign_card["data"][field] = value
+    with pytest.raises(CharacterError, match=rf"V2.*invalid persona.*{field}"):
+        helpers.import_card_v2(foreign_card)
+
+
+def test_wrong_type_in_our_extension_is_named(foreign_card):
+    foreign_card["data"]["extensions"] = {"characterglm": {"user_name": None}}
+    with pytest.raises(CharacterError, match="user_name"):
+        helpers.import_card_v2(foreign_card)
+
+
+def test_too_long_a_persona_is_named(foreign_card):
+    foreign_card["data"] |= {"description": "x" * 5000, "personality": "y" * 5000}
+    with pytest.raises(CharacterError, match="bot_info.*8000"):
+        helpers.import_card_v2(foreign_card)
+
+
+@pytest.mark.parametrize("data", [None, "x", [], 5])
+def test_v2_card_without_data_is_refused(foreign_card, data):
+    with pytest.raises(CharacterError, match="V2"):
+        helpers.import_card_v2({**foreign_card, "data": data})
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"name": "x", "description": "V1", "personality": "", "scenario": "", "first_mes": "", "mes_example": ""},
+        {"spec": "chara_card_v3", "data": {"name": "x"}},
+        {"spec": None, "data": {"name": "x"}},
+        {},
+    ],
+    ids=["V1", "V3", "null", "empty"],
+)
+def test_other_cards_are_refused(card):
+    with pytest.raises(CharacterError, match="not a V2 card"):
+        helpers.import_card_v2(card)
