@@ -26,11 +26,12 @@ from helpers.dialogues import load_dialogues
 from helpers.modeling import CharacterGLMConfig
 
 CHARACTER = "苏梦远"
+TURN_TOKENS = 40  # about what one more turn adds to the prompt
 REPLY = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
 
 
 def main(
-    history_tokens: Annotated[int, typer.Option(help="Length of the prompt at the start, in tokens.")] = 1500,
+    history_tokens: Annotated[int, typer.Option(min=300, help="Length of the prompt half-way, in tokens.")] = 1500,
     repetitions: Annotated[int, typer.Option(min=7, help="Turns measured, each in both ways.")] = 11,
     threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
 ) -> None:
@@ -69,7 +70,7 @@ def random_model(vocabulary: int):
 def measure(model, tokenizer, history_tokens: int, repetitions: int) -> tuple[float, float, int]:
     """Median seconds to the first token (cache kept, computed anew) and the median prompt length."""
     session = helpers.ChatSession(model, tokenizer, helpers.get_character(CHARACTER), **REPLY)
-    queries = fill_history(session, tokenizer, history_tokens)
+    queries = fill_history(session, tokenizer, history_tokens - TURN_TOKENS * (repetitions // 2 + 1))
     session.send(queries.pop())  # fills the cache, as the turn before would have
     seconds, lengths = {"kept": [], "anew": []}, []
     for repetition in range(repetitions):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .checkpoint import read_json, stored_shapes, verify_checkpoint, verify_weight_file
 from .download import find_downloaded
@@ -25,7 +25,7 @@ class LoadChoice:
 
     path: Path
     dtype: torch.dtype
-    device_map: str
+    device_map: str | dict
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -56,13 +56,15 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
     options = {"dtype": choice.dtype, "device_map": choice.device_map}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, choice.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(choice.path)
-    loaded = AutoModelForCausalLM.from_pretrained(choice.path, **options)
-    if len(tokenizer) > loaded.config.vocab_size:
+    # First, because AutoTokenizer would hide what is wrong with it.
+    config = AutoConfig.from_pretrained(choice.path)
+    tokenizer = AutoTokenizer.from_pretrained(choice.path, config=config)
+    if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
-            f"tokenizer.model 有 {len(tokenizer)} 个 token，模型只有 {loaded.config.vocab_size} 个 [tokenizer mismatch]："
+            f"tokenizer.model 有 {len(tokenizer)} 个 token，模型只有 {config.vocab_size} 个 [tokenizer mismatch]："
             f"{choice.path}。它们必须来自同一个模型"
         )
+    loaded = AutoModelForCausalLM.from_pretrained(choice.path, config=config, **options)
     if adapter is not None:
         loaded = add_adapter(loaded, adapter)
     return loaded.eval(), tokenizer
@@ -104,7 +106,7 @@ def _resolve(model) -> tuple[Path, str]:
         path = _downloaded_6b()
     else:
         path = Path(name).expanduser()
-        if not path.is_dir():
+        if not name or not path.is_dir():
             raise CheckpointError(f"没有这个模型 [unknown model]：{name!r}。可选 auto、nano、6b，或一个模型目录的路径")
     verify_checkpoint(path)
     return path, reason
@@ -127,10 +129,10 @@ def gpu_gib() -> float:
     return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**30
 
 
-def pick_device(device_map="auto") -> tuple[str, str]:
+def pick_device(device_map="auto") -> tuple[str | dict, str]:
     """The `device_map` for transformers and the reason."""
     if device_map != "auto":
-        return device_map, "设备由你指定"
+        return device_map or "cpu", "设备由你指定"
     if torch.cuda.is_available():
         return "auto", f"有 CUDA GPU：{torch.cuda.get_device_name(0)}"
     if torch.backends.mps.is_available():
@@ -138,7 +140,7 @@ def pick_device(device_map="auto") -> tuple[str, str]:
     return "cpu", "没有 GPU，用 CPU"
 
 
-def pick_dtype(dtype, device: str, path: Path) -> tuple[torch.dtype, str]:
+def pick_dtype(dtype, device: str | dict, path: Path) -> tuple[torch.dtype, str]:
     """The dtype for a model on a device and the reason.
 
     Raises:
@@ -150,16 +152,18 @@ def pick_dtype(dtype, device: str, path: Path) -> tuple[torch.dtype, str]:
         if dtype not in DTYPES:
             raise HelpersError(f"不认识的 dtype [unknown dtype]：{dtype!r}，可选 auto、{'、'.join(DTYPES)}")
         return DTYPES[dtype], "dtype 由你指定"
-    if device == "cpu":
+    kinds = {str(place) for place in (device.values() if isinstance(device, dict) else [device])}
+    if kinds == {"cpu"}:
         size = sum(file.stat().st_size for file in verify_checkpoint(path))
         if size < SMALL_CHECKPOINT_BYTES:
             return torch.float32, "CPU 上的小模型用 float32：最精确，内存也够"
         return torch.bfloat16, "CPU 上的大模型用 bfloat16：float32 要两倍内存"
-    if device == "mps":
+    if kinds == {"mps"}:
         return torch.float16, "Apple GPU 用 float16"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
+    # The model may be spread over all GPUs: the oldest decides.
+    if all(torch.cuda.get_device_capability(i)[0] >= 8 for i in range(torch.cuda.device_count())):
         return torch.bfloat16, "GPU 原生支持 bfloat16，权重也是以 bfloat16 保存的"
-    return torch.float16, "这块 GPU 早于 Ampere，没有原生 bfloat16，用 float16"
+    return torch.float16, "GPU 早于 Ampere，没有原生 bfloat16，用 float16"
 
 
 def quantization_config(quantization: str, dtype: torch.dtype):

@@ -253,18 +253,14 @@ def describe_failure(error: PapermillExecutionError, progress: CellProgress) -> 
     )
 
 
-def describe_dead_kernel(
-    error: RuntimeError, notebook: nbformat.NotebookNode, progress: CellProgress
-) -> Failure:
-    """A kernel that ended leaves no traceback; the last cell that was started is the one to look at."""
+def describe_dead_kernel(error: RuntimeError, notebook: nbformat.NotebookNode, progress: CellProgress) -> Failure:
+    """A kernel that ended leaves no traceback; the cell it was in is the one to look at (0: it never started)."""
     cell = progress.current
-    return Failure(
-        cell=cell,
-        execution_count=None,
-        source=notebook.cells[cell - 1].source if cell else "",
-        error=f"内核退出了 [kernel died]：{error}。常见原因是内存或显存不足 [out of memory]",
-        traceback="",
-    )
+    if not cell:
+        why = f"内核没有启动 [kernel did not start]：{error}。请检查 127.0.0.1 能否连接，再重试"
+        return Failure(cell=0, execution_count=None, source="", error=why, traceback="")
+    why = f"内核退出了 [kernel died]：{error}。常见原因是内存或显存不足 [out of memory]"
+    return Failure(cell, execution_count=None, source=notebook.cells[cell - 1].source, error=why, traceback="")
 
 
 def write_report(output_dir: Path, started: str, model: str, results: list[Result]) -> Path:
@@ -298,6 +294,8 @@ def print_summary(results: list[Result], output_dir: str | Path) -> None:
 def format_failure(result: Result) -> str:
     """The failure as plain text: cell number, what went wrong, the cell's source, the traceback."""
     failure = result.failure
+    if not failure.cell:
+        return f"{result.notebook}：{failure.error}"
     count = f", In [{failure.execution_count}]" if failure.execution_count else ""
     lines = [
         f"{result.notebook} 的第 {failure.cell} 个单元格出错 [cell {failure.cell} failed{count}]",

@@ -6,6 +6,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client.kernelspec import KernelSpec
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
@@ -13,6 +14,7 @@ from helpers.__main__ import join_pairs
 from helpers.receipt import PROJECT_DIR, ReceiptError
 from helpers.refresh import WIDGET_VIEW, PersonalPathError, refresh_notebooks, strip_for_git
 from helpers.runner import (
+    InterpreterKernelManager,
     RunError,
     declared_parameters,
     find_notebooks,
@@ -136,6 +138,17 @@ def test_dead_kernel_is_a_failure_of_its_cell(folder: Path, tmp_path: Path, good
     (result,) = run_notebooks(["01"], output_dir=tmp_path / "out", notebooks_dir=folder)
     assert (result.status, result.failure.cell) == ("failed", 4)
     assert "kernel died" in result.failure.error
+
+
+def test_kernel_that_never_starts_is_no_failure_of_a_cell(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = KernelSpec(argv=["/bin/false", "{connection_file}"], display_name="x", language="python")
+    monkeypatch.setattr(InterpreterKernelManager, "kernel_spec", broken)
+    (result,) = run_notebooks(["01"], output_dir=tmp_path / "out", notebooks_dir=folder)
+    assert (result.status, result.failure.cell) == ("failed", 0)
+    assert "kernel did not start" in format_failure(result)
+    assert "cell 0" not in format_failure(result)
 
 
 def test_only_a_receipt_of_this_run_counts(folder: Path, tmp_path: Path, good_notebook: NotebookNode) -> None:
