@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 from .errors import HelpersError
 
 app = typer.Typer(
-    help="CharacterGLM-6B：运行 notebook、对话、下载与体检 [run, chat, download, doctor]",
+    help="CharacterGLM-6B：运行 notebook、下载与体检 [run, download, doctor]",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # would swallow the words in brackets
@@ -52,11 +52,6 @@ def split_pairs(pairs: list[str] | None) -> list[tuple[str, str]]:
     return [(name, value) for name, _, value in split]
 
 
-@app.callback()
-def commands() -> None:
-    """Keeps `run` a subcommand while it is the only one."""
-
-
 @app.command(cls=PairCommand)
 def run(
     notebooks: Numbers = None,
@@ -85,6 +80,32 @@ def refresh(notebooks: Numbers = None, output_dir: OutputDir = "outputs") -> Non
     results = refresh_notebooks(notebooks or [], output_dir=output_dir)
     print_summary(results, output_dir)
     raise typer.Exit(int(any(result.status != "ok" for result in results)))
+
+
+@app.command()
+def doctor(model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto") -> None:
+    """检查这台机器能不能运行 [preflight]；有问题时退出码为 1"""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .doctor import preflight
+
+    checks = preflight(model)
+    table = Table("项目", "现状", "结论")
+    for check in checks:
+        table.add_row(check.name, check.found, check.advice or "OK")
+    Console().print(table)
+    raise typer.Exit(int(not all(check.ok for check in checks)))
+
+
+@app.command()
+def download(
+    local_dir: Annotated[str | None, typer.Option(help="放到哪里，默认数据盘或 ./models [target folder]")] = None,
+) -> None:
+    """从 ModelScope 下载 CharacterGLM-6B，约 12.5 GB [download the 6B model]"""
+    from .download import download_model
+
+    print(download_model(local_dir=local_dir))
 
 
 def main() -> None:

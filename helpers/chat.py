@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 
 from .characters import as_session_meta
 from .errors import BusyError, ChatError
-from .generation import GenerationParameters, PromptCache, Reply, decode_growing, decode_reply
+from .generation import GenerationParameters, PromptCache, Reply, decode_growing, decode_reply, model_defaults
 
 EXPORT_FORMAT = "characterglm-chat/1"
 MIN_REPLY_TOKENS = 16  # a prompt that leaves less room than this is refused
@@ -138,7 +138,7 @@ class _Request:
 
     def __init__(self, model, tokenizer, session_meta, query, history, generation: dict, dropped: int = 0):
         self.model, self.tokenizer = model, tokenizer
-        self.parameters = GenerationParameters.check(generation)
+        self.parameters = GenerationParameters.check({**model_defaults(model), **generation})
         context = min(self.parameters.max_length or context_length(model), context_length(model))
         reserve = min(self.parameters.max_new_tokens, max(1, context // 4))  # room for the reply
         self.input_ids, self.dropped = fit_history(

@@ -33,6 +33,8 @@ _one_reply_at_a_time = threading.Lock()
 class GenerationParameters(BaseModel):
     """Generation parameters. The defaults are the vendor's; any other `GenerationConfig` field may be added.
 
+    A model directory with a `generation_config.json` of its own overrides them (CharacterGLM-6B has none, Nano has).
+
     The vendor's repetition_penalty is 1.3 in most places of its code (1.6 in one, 1.0 in its web demo).
     """
 
@@ -84,6 +86,15 @@ class GenerationParameters(BaseModel):
             return GenerationConfig(**fields, max_new_tokens=max_new_tokens, eos_token_id=STOP_IDS, pad_token_id=0)
         except (ValueError, TypeError) as error:
             raise _invalid([str(error)]) from None
+
+
+def model_defaults(model) -> dict:
+    """What the model's own `generation_config.json` sets; nothing for CharacterGLM-6B, which has no such file."""
+    config = getattr(model, "generation_config", None)
+    if config is None or config._from_model_config:
+        return {}
+    chosen = config.to_diff_dict()
+    return {name: chosen[name] for name in GenerationParameters.model_fields if name in chosen}
 
 
 def _refuse_unknown(names: Iterable[str], known: set[str]) -> None:

@@ -1,0 +1,113 @@
+"""A JupyterLab on 127.0.0.1 with a copy of the notebooks, and a page of a real browser."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+PROJECT_DIR = Path(__file__).parents[2]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# Without these Chromium talks to its maker's servers from the start.
+CHROMIUM_OPTIONS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+LAB_SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+
+
+def find_browser() -> str:
+    """The browser's path; the test is skipped where there is none."""
+    for name in BROWSERS:
+        if path := shutil.which(name):
+            return path
+    pytest.skip("没有 Chromium 或 Chrome [no browser found]：apt-get install chromium fonts-noto-cjk")
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_until_up(url: str, process: subprocess.Popen, seconds: float = 90) -> None:
+    """Return when `url` answers; fail if the process ends or the time is over."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "JupyterLab ended"
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.3)
+    pytest.fail(f"JupyterLab did not answer within {seconds} s")
+
+
+@pytest.fixture
+def lab(tmp_path: Path):
+    """Address of a JupyterLab whose folder holds copies of the notebooks."""
+    find_browser()
+    shutil.copytree(PROJECT_DIR / "notebooks", tmp_path / "notebooks")
+    port = free_port()
+    environment = {name: str(tmp_path / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
+    environment |= {"IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
+    for plugin, values in LAB_SETTINGS.items():
+        write_setting(tmp_path / "settings", plugin, values)
+    options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.open_browser=False"]
+    options += ["--IdentityProvider.token=", "--allow-root", "--ServerApp.port_retries=0"]
+    with (tmp_path / "lab.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_until_up(f"http://127.0.0.1:{port}/api", process)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def write_setting(folder: Path, plugin: str, values: dict) -> None:
+    """Write a JupyterLab user setting."""
+    import json
+
+    package, name = plugin.rsplit(":", 1)
+    file = folder / package / f"{name}.jupyterlab-settings"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values))
+
+
+@pytest.fixture
+def page():
+    """A page of a real browser that notes requests to other machines and errors on its console."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=CHROMIUM_OPTIONS)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.outside_requests, page.console_errors = [], []
+        page.on("request", lambda request: _note_outside(page, request.url))
+        page.on("console", lambda message: _note_error(page, message))
+        yield page
+        browser.close()
+
+
+def _note_outside(page, url: str) -> None:
+    if not re.match(r"((https?|wss?)://127\.0\.0\.1[:/]|data:|blob:)", url):
+        page.outside_requests.append(url)
+
+
+def _note_error(page, message) -> None:
+    if message.type == "error":
+        page.console_errors.append(message.text)
