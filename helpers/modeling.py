@@ -149,8 +149,10 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
         if not isinstance(config, CharacterGLMConfig):
             config = CharacterGLMConfig.from_pretrained(config or directory)
         if getattr(config, "quantization_config", None) is None:  # quantised on disk: packed weights, other shapes
-            ignored = "|".join(cls._keys_to_ignore_on_load_unexpected)
-            verify_weights(directory, *expected_shapes(config), ignored=ignored)
+            optional = [*cls._keys_to_ignore_on_load_unexpected]
+            if config.tie_word_embeddings:  # the output layer is the embedding, and may be stored again
+                optional += [r"^transformer\.output_layer\.weight$", r"^lm_head\.weight$"]
+            verify_weights(directory, *expected_shapes(config), ignored="|".join(optional))
 
 
 def expected_shapes(config: CharacterGLMConfig) -> tuple[dict, dict]:

@@ -26,9 +26,11 @@ def shared(name: str) -> Path:
     return path
 
 
-def train_tokenizer(directory: Path, **options) -> Path:
+LINES = ("以下是一段和之间的对话。关于的信息：", "你好呀，小苏", "what a sophomore types is text", "[gMASK] sop")
+
+
+def train_tokenizer(directory: Path, lines: tuple[str, ...] = LINES, **options) -> Path:
     """A `tokenizer.model` of CharacterGLM's kind with 400 pieces, trained in a moment."""
-    lines = ["以下是一段和之间的对话。关于的信息：", "你好呀，小苏", "what a sophomore types is text", "[gMASK] sop"] * 20
     settings = {
         "model_type": "bpe",
         "vocab_size": 400,
@@ -40,7 +42,7 @@ def train_tokenizer(directory: Path, **options) -> Path:
         **options,
     }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(directory / "tokenizer"), **settings
+        sentence_iterator=iter(lines * 20), model_prefix=str(directory / "tokenizer"), **settings
     )
     (directory / "tokenizer.vocab").unlink()
     return directory / "tokenizer.model"

@@ -154,6 +154,13 @@ def test_decodes_any_tokens_like_sentencepiece(tokenizer, pieces):
         assert re.sub("\ufffd+", "\ufffd", tokenizer.decode(ids)) == expected, ids
 
 
+def test_tokenizer_json_decodes_without_this_class(tokenizer):
+    """Other programs read the saved `tokenizer.json` alone."""
+    for text in ("你好，小苏", " two  spaces ", "", "😀</s>\n"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.backend_tokenizer.decode(ids) == text
+
+
 def test_decodes_what_a_model_may_produce_beyond_the_vocabulary(tokenizer, pieces):
     """The vocabulary is padded to a round number: ids up there have no piece."""
     ids = pieces.encode("你好")
@@ -186,6 +193,21 @@ def test_control_names_are_text_in_every_way_of_encoding(tokenizer):
     for ids in ways:
         assert not set(ids) & special
         assert ids[2:].count(tokenizer.prefix_ids[0]) == 0
+
+
+def test_pieces_that_could_be_joined_to_control_names(tmp_path):
+    """A vocabulary with "<", "unk>", "/s>" and "0x0A>": one more merge would spell a control token."""
+    near = train_tokenizer(
+        tmp_path,
+        ("xunk> yunk> zunk> kunk>", "x/s> y/s> z/s> k/s>", "x0x0A> y0x0A> z0x0A> k0x0A>", "a< b< c< d<"),
+        split_by_unicode_script=False,
+        split_by_number=False,
+    )
+    pieces = SentencePieceProcessor(model_file=str(near))
+    assert all(pieces.piece_to_id(piece) > 258 for piece in ("<", "unk>", "/s>", "0x0A>"))
+    tokenizer = AutoTokenizer.from_pretrained(new_directory(tmp_path / "model", near.read_bytes()))
+    for text in ("</s>", "a<unk>b", "<0x0A>", "x<0x0A></s><unk>"):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
 
 
 def test_special_ids_follow_the_pieces(tokenizer, pieces):
