@@ -1,8 +1,8 @@
 """Learn and run CharacterGLM-6B. Importing this package registers the family with transformers' Auto classes.
 
-    import helpers
-    model, tokenizer = helpers.load("auto")
-    reply, history = helpers.chat(model, tokenizer, helpers.load_characters()["苏梦远"], "你好呀，小苏")
+import helpers
+model, tokenizer = helpers.load("auto")
+reply, history = helpers.chat(model, tokenizer, helpers.load_characters()["苏梦远"], "你好呀，小苏")
 """
 
 from . import modeling, tokenization

@@ -16,9 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Numbers = Annotated[
-    list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")
-]
+Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
 OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
 
 

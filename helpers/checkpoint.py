@@ -38,7 +38,9 @@ def verify_checkpoint(directory: Path) -> list[Path]:
         CheckpointError: naming the file at fault and the way out.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"找不到模型目录 [model directory not found]：{directory}。先运行 python -m helpers download")
+        raise CheckpointError(
+            f"找不到模型目录 [model directory not found]：{directory}。先运行 python -m helpers download"
+        )
     if not any(directory.iterdir()):
         raise CheckpointError(f"模型目录是空的 [empty directory]：{directory}。先运行 python -m helpers download")
     config = read_json(directory / "config.json")

@@ -68,7 +68,9 @@ def _library(library: str, minimum: tuple[int, int]) -> Check:
     version = importlib.metadata.version(library)
     new_enough = tuple(map(int, version.split(".")[:2])) >= minimum
     needed = ".".join(map(str, minimum))
-    return Check(library, version, "" if new_enough else f"需要 {library} >= {needed}：运行 make run，或换一个更新的镜像")
+    return Check(
+        library, version, "" if new_enough else f"需要 {library} >= {needed}：运行 make run，或换一个更新的镜像"
+    )
 
 
 def _device(name: str, reason: str) -> Check:

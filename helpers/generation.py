@@ -24,7 +24,7 @@ FIXED_PARAMETERS = {
     *("eos_token_id", "pad_token_id", "stop_strings", "num_return_sequences", "return_dict_in_generate"),
     *("use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
 }
-SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+NEUTRAL = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}  # transformers' own defaults
 
 # torch's default random generator is one per process: two replies at once would draw from each other's seed.
 _one_reply_at_a_time = threading.Lock()
@@ -80,8 +80,8 @@ class GenerationParameters(BaseModel):
             ChatError: transformers refuses a value.
         """
         fields = self.model_dump(exclude={"seed", "max_length", "max_new_tokens"})
-        if not self.do_sample:  # transformers warns about sampling parameters that have no effect
-            fields = {name: value for name, value in fields.items() if name not in SAMPLING_ONLY}
+        if not self.do_sample:  # transformers warns about sampling parameters that have no effect, the model's own too
+            fields |= NEUTRAL
         try:
             return GenerationConfig(**fields, max_new_tokens=max_new_tokens, eos_token_id=STOP_IDS, pad_token_id=0)
         except (ValueError, TypeError) as error:

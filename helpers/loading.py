@@ -201,7 +201,9 @@ def add_adapter(model, adapter):
     # PEFT only warns about these and leaves them at zero, that is, without effect.
     missing = sorted(get_peft_model_state_dict(loaded, save_embedding_layers=False).keys() - stored.keys())
     if missing:
-        raise CheckpointError(f"LoRA adapter 缺少权重 [missing adapter keys]：{adapter}，例如 {missing[0]}。请重新训练或复制")
+        raise CheckpointError(
+            f"LoRA adapter 缺少权重 [missing adapter keys]：{adapter}，例如 {missing[0]}。请重新训练或复制"
+        )
     return loaded
 
 

@@ -152,8 +152,7 @@ def checked(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         return {_checked_key(key, where): checked(item, f"{where}.{key}") for key, item in value.items()}
     raise ReceiptError(
-        f"{where} 的类型 {type(value).__name__} 不能写进 JSON [not serialisable]："
-        "请先转成数、字符串或列表，如 float(x)"
+        f"{where} 的类型 {type(value).__name__} 不能写进 JSON [not serialisable]：请先转成数、字符串或列表，如 float(x)"
     )
 
 

@@ -51,7 +51,9 @@ class ChatGLMTokenizer(TokenizersBackend):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except json.JSONDecodeError as error:
             file = Path(pretrained_model_name_or_path) / "tokenizer.json"
-            raise CheckpointError(f"tokenizer.json 不是有效的 JSON [invalid JSON]：{file}（{error}）。{REDOWNLOAD}") from None
+            raise CheckpointError(
+                f"tokenizer.json 不是有效的 JSON [invalid JSON]：{file}（{error}）。{REDOWNLOAD}"
+            ) from None
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
@@ -79,7 +81,9 @@ class ChatGLMTokenizer(TokenizersBackend):
         # Old settings files spell these differently; the family has one fixed set.
         for name in ("unk_token", "bos_token", "eos_token", "pad_token", "additional_special_tokens", "auto_map"):
             kwargs.pop(name, None)
-        kwargs["extra_special_tokens"] = [AddedToken(token, normalized=False, special=True) for token in APPENDED_TOKENS]
+        kwargs["extra_special_tokens"] = [
+            AddedToken(token, normalized=False, special=True) for token in APPENDED_TOKENS
+        ]
         kwargs["split_special_tokens"] = True  # text never becomes a control token
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
         super().__init__(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>", **kwargs)

@@ -18,7 +18,7 @@ import sentencepiece
 import torch
 import typer
 from original_layout import write_original_layout
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from helpers.characters import SessionMeta
 from helpers.dialogues import Dialogue, history_to_messages, load_dialogues
@@ -28,9 +28,10 @@ NANO_DIR = Path(__file__).parent.parent / "data" / "nano"
 PIECES = 4084  # with 5 control tokens and padding to a multiple of 64: a vocabulary of 4096
 CONTEXT = 2048
 TOKENS_PER_BATCH = 4096
-CYCLES = ((14, 2e-3), (10, 1.5e-3))  # epochs and highest learning rate: a warm restart helps a small set
 DROPOUT = 0.1  # a model this small still has more parameters than there are tokens to learn from
 IGNORED = -100
+# So little a model does not bear the vendor's bold sampling (temperature 0.9, repetition_penalty 1.3).
+SAMPLING = {"do_sample": True, "temperature": 0.35, "top_p": 0.9, "top_k": 100, "repetition_penalty": 1.05}
 
 
 def train_tokenizer(dialogues: list[Dialogue], directory: Path) -> None:
@@ -143,7 +144,7 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
-def train_cycle(model, dialogues, held_out, tokenizer, epochs: int, learning_rate: float, seed: int) -> list[dict]:
+def train(model, dialogues, held_out, tokenizer, epochs: int, learning_rate: float, seed: int) -> list[dict]:
     """AdamW with warm-up and cosine decay. Keeps the last weights; returns a log line per epoch."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -166,15 +167,6 @@ def train_cycle(model, dialogues, held_out, tokenizer, epochs: int, learning_rat
         if epoch % 2 == 0 or epoch == epochs:
             log[-1]["held_out_perplexity"] = reply_perplexity(model, held_out, tokenizer)
         print(" ".join(f"{key} {value:.4g}" for key, value in log[-1].items()), flush=True)
-    return log
-
-
-def train(model, dialogues, held_out, tokenizer, cycles, seed: int) -> list[dict]:
-    """Train for all cycles of (epochs, learning rate), each with an optimizer and random numbers of its own."""
-    log = []
-    for cycle, (epochs, learning_rate) in enumerate(cycles):
-        torch.manual_seed(seed + cycle)
-        log += train_cycle(model, dialogues, held_out, tokenizer, epochs, learning_rate, seed + cycle)
     return log
 
 
@@ -210,7 +202,7 @@ def reply_mask(dialogue: Dialogue, tokenizer) -> tuple[torch.Tensor, torch.Tenso
 
 
 def main(
-    output_dir: Path = NANO_DIR, epochs: int | None = None, seed: int = 0, threads: int = 2
+    output_dir: Path = NANO_DIR, epochs: int = 14, learning_rate: float = 2e-3, seed: int = 0, threads: int = 2
 ) -> None:
     """Train tokenizer and model and write them in CharacterGLM's original layout."""
     start = time.perf_counter()
@@ -228,9 +220,10 @@ def main(
     model = new_model(tokenizer)
     add_dropout(model, DROPOUT)
     print(f"{len(train_set)} + {len(held_out)} dialogues, {model.num_parameters():,} parameters")
-    log = train(model, train_set, held_out, tokenizer, ((epochs, CYCLES[0][1]),) if epochs else CYCLES, seed)
+    log = train(model, train_set, held_out, tokenizer, epochs, learning_rate, seed)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # two matrices again
     write_original_layout(model, work)
+    GenerationConfig(**SAMPLING, max_new_tokens=512, eos_token_id=[2, 13], pad_token_id=0).save_pretrained(work)
     result = {
         "dialogues": {"training": len(train_set), "held_out": len(held_out)},
         "parameters": model.num_parameters(),

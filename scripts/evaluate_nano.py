@@ -1,6 +1,6 @@
 """Measure what CharacterGLM-Nano can do; the figures in its model card come from here.
 
-    python scripts/evaluate_nano.py             # about a minute; --json FILE keeps the figures
+python scripts/evaluate_nano.py             # about a minute; --json FILE keeps the figures
 """
 
 import json
@@ -11,7 +11,7 @@ import torch
 import typer
 from build_nano import reply_perplexity, unigram_perplexity
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import helpers
 from helpers.dialogues import load_dialogues
@@ -81,7 +81,11 @@ def show(figures: dict) -> None:
     for name, value in figures.items():
         if isinstance(value, int | float):
             table.add_row(name, f"{value:.4g}")
-    talk = Table("who", "says", title="scripted conversation; one greeting, eight characters")
+    talk = Table(
+        Column("who", overflow="fold"),
+        Column("says", overflow="fold"),
+        title="scripted conversation; one greeting, eight characters",
+    )
     for query, response in figures["scripted_conversation"]:
         talk.add_row(query, response)
     for name, response in figures["greetings"].items():
@@ -90,7 +94,10 @@ def show(figures: dict) -> None:
 
 
 def main(
-    model: str = "nano", seed: int = 0, threads: int = 2, json_file: Annotated[Path | None, typer.Option("--json")] = None
+    model: str = "nano",
+    seed: int = 0,
+    threads: int = 2,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Load a model, measure it, print the figures."""
     torch.set_num_threads(threads)

@@ -63,7 +63,10 @@ def test_notebook_01_runs_in_jupyterlab(lab, page):
     run_all(page)
     scroll_through(page)
     keep_screenshots(page)
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Error").count() == 0
+    assert (
+        page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Error").count()
+        == 0
+    )
     notebook = page.request.get(f"{lab}/api/contents/notebooks/{NOTEBOOK}").ok
     assert notebook
     page.keyboard.press("Control+s")

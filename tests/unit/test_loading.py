@@ -355,7 +355,9 @@ def drop_weight(name: str, from_index: bool):
 
 def change_weight(name: str, change):
     def damage(directory: Path) -> None:
-        edit_weights(directory, lambda weights: weights.update({name: change(weights[name])} if name in weights else {}))
+        edit_weights(
+            directory, lambda weights: weights.update({name: change(weights[name])} if name in weights else {})
+        )
 
     return damage
 
@@ -698,8 +700,14 @@ def damage_adapter(file: Path, change) -> None:
 
 ADAPTER_DAMAGES = {
     "no config": (lambda d: (d / "adapter_config.json").unlink(), r"\[not an adapter directory\]"),
-    "config is not JSON": (lambda d: (d / "adapter_config.json").write_text("{"), r"adapter_config\.json.*invalid JSON"),
-    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors.*\[missing shard\]"),
+    "config is not JSON": (
+        lambda d: (d / "adapter_config.json").write_text("{"),
+        r"adapter_config\.json.*invalid JSON",
+    ),
+    "no weights": (
+        lambda d: (d / "adapter_model.safetensors").unlink(),
+        r"adapter_model\.safetensors.*\[missing shard\]",
+    ),
     "weights cut": (cut("adapter_model.safetensors", lambda size: size // 2), TRUNCATED),
     "a weight missing": (
         lambda d: damage_adapter(d / "adapter_model.safetensors", lambda w: w.pop(min(w))),
@@ -710,7 +718,9 @@ ADAPTER_DAMAGES = {
         r"\[adapter does not fit\]",
     ),
     "for the fused attention of remote code": (
-        lambda d: edit_json(d / "adapter_config.json", lambda config: config.update(target_modules=["query_key_value"])),
+        lambda d: edit_json(
+            d / "adapter_config.json", lambda config: config.update(target_modules=["query_key_value"])
+        ),
         r"\[adapter does not fit\].*query_key_value",
     ),
 }

@@ -122,7 +122,5 @@ def test_real_greedy_tokens(real):
     model, _, cases, _ = real
     for number, case in enumerate(cases):
         ids, expected = case["input_ids"], case["greedy_new_tokens"]
-        output = model.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=len(expected), eos_token_id=None
-        )
+        output = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=len(expected), eos_token_id=None)
         assert output[0, len(ids) :].tolist() == expected, f"case {number}"

@@ -296,9 +296,7 @@ def test_batch_ready_for_the_model(tokenizer):
 def test_ids_are_those_of_the_rendered_text(tokenizer):
     for messages in CONVERSATIONS.values():
         text = render(tokenizer, messages, META, add_generation_prompt=True)
-        ids = tokenizer.apply_chat_template(
-            messages, session_meta=META, add_generation_prompt=True, return_dict=False
-        )
+        ids = tokenizer.apply_chat_template(messages, session_meta=META, add_generation_prompt=True, return_dict=False)
         assert ids == tokenizer(text)["input_ids"]
         assert ids[:2] == tokenizer.prefix_ids
 

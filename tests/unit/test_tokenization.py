@@ -42,7 +42,15 @@ ALPHABETS = {
     "kana": characters((0x3041, 0x30FF)),
     "punctuation": characters((0x2010, 0x2060), (0x3001, 0x301F)),
     "full-width": characters((0xFF01, 0xFFEF)),
-    "emoji": [*characters((0x1F300, 0x1F6FF), (0x1F900, 0x1F9FF)), "\u200d", "\ufe0f", "👩‍👩‍👧‍👦", "👨🏽‍🚀", "🏳️‍🌈", "🇨🇳"],
+    "emoji": [
+        *characters((0x1F300, 0x1F6FF), (0x1F900, 0x1F9FF)),
+        "\u200d",
+        "\ufe0f",
+        "👩‍👩‍👧‍👦",
+        "👨🏽‍🚀",
+        "🏳️‍🌈",
+        "🇨🇳",
+    ],
     "scripts": characters((0x370, 0x52F), (0x5D0, 0x6FF), (0x900, 0xE7F), (0xAC00, 0xACFF)),
     "rare planes": characters((0x20000, 0x203FF), (0x30000, 0x300FF), (0x1D400, 0x1D4FF)),
     "private": characters((0xE000, 0xE0FF), (0xFFF0, 0xFFFF), (0xE0000, 0xE007F), (0x10FF00, 0x10FFFF)),
@@ -150,7 +158,9 @@ def test_decodes_any_tokens_like_sentencepiece(tokenizer, pieces):
     sequences += [(pieces.encode("你") + emoji * 2)[:cut] for cut in range(1, 12)]
     sequences += [[*emoji, emoji[1], *emoji], [*emoji[:2], *pieces.encode("好")], rng.sample(ordinary, 200)]
     for ids in sequences:
-        expected = re.sub("\ufffd+", "\ufffd", pieces.decode(ids))  # how many stand for a cut character is a matter of taste
+        expected = re.sub(
+            "\ufffd+", "\ufffd", pieces.decode(ids)
+        )  # how many stand for a cut character is a matter of taste
         assert re.sub("\ufffd+", "\ufffd", tokenizer.decode(ids)) == expected, ids
 
 
