@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from .errors import ChatError
-from .tokenization import NEWLINE_ID
+from .tokenization import NEWLINE_ID, piece_bytes
 
 EOS_ID = 2
 STOP_IDS = [EOS_ID, NEWLINE_ID]
@@ -322,6 +322,4 @@ def _spell(tokenizer, token_id: int) -> bytes:
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None or token_id in tokenizer.all_special_ids:
         return b""
-    if len(piece) == 6 and piece.startswith("<0x"):
-        return bytes.fromhex(piece[3:5])
-    return piece.replace("▁", " ").encode()
+    return piece_bytes(piece)
