@@ -476,7 +476,15 @@ def test_error_in_the_model_reaches_the_caller_and_the_session_goes_on(nano, car
     assert session.send("再来") == helpers.chat(*nano, card, "再来", before["history"], **GREEDY)[0]
 
 
-def test_keyboard_interrupt_keeps_what_there_is(nano, session):
+@pytest.fixture
+def interruptible():
+    """A process that a shell started in the background ignores SIGINT, unless told otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_keyboard_interrupt_keeps_what_there_is(nano, session, interruptible):
     main = threading.main_thread().ident
 
     def interrupt(number, input_ids):
