@@ -1,9 +1,10 @@
 """How much sooner does a reply begin if the KV cache is kept from turn to turn?
 
-Measured: the time to the first token, thread start included, in a conversation whose prompt has about 1,500 tokens. A
-`ChatSession` that has kept its cache against a new one, which computes the whole prompt, for the same history and query:
-both in one run, in alternating order, after a warm-up, the conversation going on by one turn a repetition. Printed: medians and their ratio, on CharacterGLM-Nano and on a
-random model of the same architecture ten times its size (the time does not depend on what the weights say).
+Measured: the time to the first token, thread start included, in a conversation whose prompt has about 1,500 tokens.
+A `ChatSession` that has kept its cache against a new one, which computes the whole prompt, for the same history and
+query: both in one run, in alternating order, after a warm-up, the conversation going on by one turn a repetition.
+Printed: medians and their ratio, on CharacterGLM-Nano and on a random model of the same architecture ten times its size
+(the time does not depend on what the weights say).
 
     python benchmarks/kv_cache.py
     python benchmarks/kv_cache.py --repetitions 15 --threads 1

@@ -1,10 +1,12 @@
 """From prompt ids to a growing reply: checked parameters, a reusable KV cache, a stream that can be stopped."""
 
+import atexit
 import difflib
 import math
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -28,6 +30,7 @@ NEUTRAL = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typica
 
 # torch's default random generator is one per process: two replies at once would draw from each other's seed.
 _one_reply_at_a_time = threading.Lock()
+_started: "weakref.WeakSet[Reply]" = weakref.WeakSet()
 
 
 class GenerationParameters(BaseModel):
@@ -200,7 +203,8 @@ class Reply:
 
     def start(self) -> "Reply":
         """Begin to generate."""
-        self._started = time.perf_counter()
+        self._start_time = time.perf_counter()
+        _started.add(self)
         self._thread.start()
         return self
 
@@ -213,6 +217,13 @@ class Reply:
         """End the generation within one token. From any thread."""
         self._stopped.set()
 
+    def close(self) -> None:
+        """Stop, and wait until the thread has ended."""
+        self.stop()
+        # An abandoned iterator is closed by the garbage collector, which runs in any thread, even in this one.
+        if self.running and threading.current_thread() is not self._thread:
+            self._thread.join()
+
     def __iter__(self) -> Iterator[list[int]]:
         try:
             while (piece := self._pieces.get()) is not None:
@@ -220,10 +231,7 @@ class Reply:
                     raise piece
                 yield piece
         finally:
-            self.stop()
-            # An abandoned iterator is closed by the garbage collector, which runs in any thread, even in this one.
-            if threading.current_thread() is not self._thread:
-                self._thread.join()
+            self.close()
 
     def statistics(self) -> dict:
         """Lengths in tokens, seconds to the first token, tokens per second after it, and whether the reply was complete."""
@@ -233,7 +241,7 @@ class Reply:
         return {
             "prompt_tokens": len(self.input_ids),
             "new_tokens": len(self.token_ids),
-            "time_to_first_token": self._first_time - self._started,
+            "time_to_first_token": self._first_time - self._start_time,
             "tokens_per_second": later / decoding if decoding > 0 else None,
             "ended_by_itself": self.token_ids[-1] in STOP_IDS,
         }
@@ -269,6 +277,13 @@ class Reply:
             self._first_time = self._last_time
         self.token_ids += token_ids
         self._pieces.put(token_ids)
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is still inside torch when the interpreter ends would abort the process."""
+    for reply in list(_started):
+        reply.close()
 
 
 @contextmanager

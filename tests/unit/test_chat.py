@@ -23,6 +23,7 @@ from helpers.dialogues import load_dialogues
 from helpers.errors import BusyError, CharacterError, ChatError
 from helpers.generation import (
     GenerationParameters,
+    PromptCache,
     Reply,
     common_prefix_length,
     decode_growing,
@@ -350,6 +351,16 @@ def test_any_tokens_at_all_give_growing_valid_text(nano):
         "".join(texts).encode("utf-8")
 
 
+def test_control_tokens_and_padding_ids_are_not_shown(nano):
+    model, tokenizer = nano
+    control = [token for token in tokenizer.all_special_ids if token != 2]
+    padding = list(range(len(tokenizer), model.config.vocab_size))
+    assert len(control) == 7
+    assert padding
+    ids = text_ids(tokenizer, "好的")
+    assert decode_reply(tokenizer, [*control, *ids, *padding, *control]) == "好的"
+
+
 def test_decode_equals_the_tokenizer_on_whole_texts(nano):
     tokenizer = nano[1]
     dialogues = [text for d in load_dialogues()[::50] for entry in d.history for text in entry]
@@ -383,6 +394,15 @@ def passes_at_stop(monkeypatch):
     counts = type("Counts", (list,), {"forwards": []})()
     monkeypatch.setattr(Reply, "stop", record)
     return counts
+
+
+def test_a_reply_stopped_before_its_turn_computes_nothing(nano):
+    reply = Reply(nano[0], [100, 101], GenerationConfig(max_new_tokens=5), PromptCache())
+    reply.stop()
+    with each_forward(nano[0], slow(0)) as forwards:
+        assert list(reply.start()) == []
+    assert forwards == []
+    assert reply.statistics() == {}
 
 
 def test_stop_works_within_one_token(nano, session, passes_at_stop):
@@ -452,6 +472,19 @@ def test_iterator_left_alone_blocks_nobody(nano, session):
     assert [first, *texts][-1] == reply
 
 
+@pytest.mark.slow
+def test_program_that_leaves_an_iterator_unread_ends_well(run_command):
+    script = """if True:
+        import helpers
+        chat = helpers.stream_chat(*helpers.load("nano", device_map="cpu"), helpers.get_character("苏梦远"), "你好",
+                                   min_new_tokens=1500, max_new_tokens=1500)
+        next(chat)
+        print("done")
+    """
+    result = run_command("-c", script, timeout=120)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
 def test_two_iterators_started_in_turn_lose_nothing(session):
     first, second = session.stream("一"), session.stream("二")
     again = session.stream_again()
@@ -474,6 +507,24 @@ def test_error_in_the_model_reaches_the_caller_and_the_session_goes_on(nano, car
     assert session.export() == before
     assert reply_threads() == []
     assert session.send("再来") == helpers.chat(*nano, card, "再来", before["history"], **GREEDY)[0]
+
+
+def test_error_between_two_layers_leaves_no_lopsided_cache(nano, card, session):
+    """Then some layers have taken a token into their cache and others have not."""
+    session.send("你好")
+    past = [list(entry) for entry in session.history]
+    passes = []
+
+    def fail(module, args):
+        passes.append(1)
+        if len(passes) == 4:
+            raise RuntimeError("CUDA out of memory")
+
+    handle = nano[0].model.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        session.send("讲个故事", **ENDLESS)
+    handle.remove()
+    assert session.send("再来") == helpers.chat(*nano, card, "再来", past, **GREEDY)[0]
 
 
 @pytest.fixture
