@@ -155,8 +155,12 @@ def _validate(model: type[BaseModel], fields: Any, whose: str = "") -> Any:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        problems = "；".join(f"{'.'.join(map(str, e['loc'])) or '整体'}：{e['msg']}" for e in error.errors())
-        raise CharacterError(f"{whose}人设不合格 [invalid persona]：{problems}") from None
+        raise CharacterError(f"{whose}人设不合格 [invalid persona]：{field_problems(error, '整体')}") from None
+
+
+def field_problems(error: ValidationError, whole: str) -> str:
+    """What pydantic found wrong, field by field, in one line; `whole` names a problem that belongs to no field."""
+    return "；".join(f"{'.'.join(map(str, e['loc'])) or whole}：{e['msg']}" for e in error.errors())
 
 
 def _read_json_object(file: Path) -> dict:

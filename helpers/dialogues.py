@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .characters import CharacterCard, load_characters
+from .characters import CharacterCard, field_problems, load_characters
 from .errors import HelpersError
 
 DIALOGUES_DIR = Path(__file__).parent.parent / "data" / "dialogues"
@@ -83,9 +83,5 @@ def _parse(file: Path, number: int, line: str, cards: dict) -> Dialogue:
             raise ValueError("只有第一轮的 query 可以为空")
         return Dialogue(row.id, cards[row.character], [list(entry) for entry in row.history])
     except ValueError as error:
-        problem = "；".join(_describe(error)) if isinstance(error, ValidationError) else str(error)
+        problem = field_problems(error, "整行") if isinstance(error, ValidationError) else str(error)
         raise HelpersError(f"{file.name} 第 {number} 行无效 [invalid dialogue]：{problem}") from None
-
-
-def _describe(error: ValidationError) -> list[str]:
-    return [f"{'.'.join(map(str, e['loc'])) or '整行'}：{e['msg']}" for e in error.errors()]

@@ -1,7 +1,6 @@
 """The preflight: is this machine ready for a notebook? Each check says OK or what to do."""
 
 import importlib.metadata
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import psutil
 import torch
 
 from .checkpoint import verify_checkpoint
-from .download import DOWNLOAD_BYTES, default_model_dir, find_downloaded
+from .download import DOWNLOAD_BYTES, default_model_dir, find_downloaded, free_bytes
 from .errors import CheckpointError
 from .loading import MIN_GPU_GIB, NANO_DIR, gpu_gib, pick_model
 
@@ -94,9 +93,7 @@ def _model_files(name: str) -> Check:
 
 
 def _disk_for_download() -> Check:
-    target = default_model_dir()
-    existing = next(parent for parent in [target, *target.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(default_model_dir())
     found = f"尚未下载；磁盘剩 {free / 1e9:.0f} GB"
     return Check("模型文件", found, "" if free > DOWNLOAD_BYTES * 1.1 else "下载要 13.8 GB：清理数据盘或扩容")
 

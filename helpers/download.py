@@ -86,11 +86,16 @@ def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None
     return target
 
 
+def free_bytes(target: Path) -> int:
+    """Free space on the disk of `target`, which need not exist yet."""
+    existing = next(parent for parent in [target, *target.absolute().parents] if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_disk_space(target: Path, needed: int = DOWNLOAD_BYTES) -> None:
     """Raise `HelpersError` unless the disk of `target` has room for what is still to be fetched, plus 1 GB."""
-    existing = next(parent for parent in [target, *target.absolute().parents] if parent.exists())
     present = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(target)
     missing = max(0, needed - present) + MARGIN_BYTES
     if free < missing:
         raise HelpersError(

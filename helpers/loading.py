@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .checkpoint import read_json, stored_shapes, verify_checkpoint, verify_weight_file
+from .checkpoint import read_json, stored_shapes, verify_checkpoint, verify_weight_file, weight_files
 from .download import find_downloaded
 from .errors import CheckpointError, HelpersError
 
@@ -154,7 +154,7 @@ def pick_dtype(dtype, device: str | dict, path: Path) -> tuple[torch.dtype, str]
         return DTYPES[dtype], "dtype 由你指定"
     kinds = {str(place) for place in (device.values() if isinstance(device, dict) else [device])}
     if kinds == {"cpu"}:
-        size = sum(file.stat().st_size for file in verify_checkpoint(path))
+        size = sum(file.stat().st_size for file in weight_files(path))
         if size < SMALL_CHECKPOINT_BYTES:
             return torch.float32, "CPU 上的小模型用 float32：最精确，内存也够"
         return torch.bfloat16, "CPU 上的大模型用 bfloat16：float32 要两倍内存"

@@ -22,9 +22,11 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from helpers.characters import SessionMeta
 from helpers.dialogues import Dialogue, history_to_messages, load_dialogues
+from helpers.generation import STOP_IDS
+from helpers.loading import NANO_DIR
 from helpers.modeling import CharacterGLMConfig, CharacterGLMForCausalLM
+from helpers.tokenization import NEWLINE_ID
 
-NANO_DIR = Path(__file__).parent.parent / "data" / "nano"
 PIECES = 4084  # with 5 control tokens and padding to a multiple of 64: a vocabulary of 4096
 CONTEXT = 2048
 TOKENS_PER_BATCH = 4096
@@ -120,7 +122,7 @@ def encode_sample(card: SessionMeta, history, tokenizer) -> tuple[list[int], lis
     """Ids and labels of one conversation; the persona carries no loss, both sides of the talk do."""
     ids = tokenizer.apply_chat_template(history_to_messages(history), session_meta=card)["input_ids"][:CONTEXT]
     persona_lines = 1 + bool(card.bot_info) + bool(card.user_info)
-    newlines = [position for position, token in enumerate(ids) if token == 13]
+    newlines = [position for position, token in enumerate(ids) if token == NEWLINE_ID]
     start = newlines[persona_lines - 1] + 1
     return ids, [IGNORED] * start + ids[start:]
 
@@ -223,7 +225,7 @@ def main(
     log = train(model, train_set, held_out, tokenizer, epochs, learning_rate, seed)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # two matrices again
     write_original_layout(model, work)
-    GenerationConfig(**SAMPLING, max_new_tokens=512, eos_token_id=[2, 13], pad_token_id=0).save_pretrained(work)
+    GenerationConfig(**SAMPLING, max_new_tokens=512, eos_token_id=STOP_IDS, pad_token_id=0).save_pretrained(work)
     result = {
         "dialogues": {"training": len(train_set), "held_out": len(held_out)},
         "parameters": model.num_parameters(),

@@ -1,5 +1,6 @@
 """A JupyterLab on 127.0.0.1 with a copy of the notebooks, and a page of a real browser."""
 
+import json
 import os
 import re
 import shutil
@@ -80,8 +81,6 @@ def lab(tmp_path: Path):
 
 def write_setting(folder: Path, plugin: str, values: dict) -> None:
     """Write a JupyterLab user setting."""
-    import json
-
     package, name = plugin.rsplit(":", 1)
     file = folder / package / f"{name}.jupyterlab-settings"
     file.parent.mkdir(parents=True, exist_ok=True)
