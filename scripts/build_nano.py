@@ -7,6 +7,7 @@ Nano is a teaching stand-in for CharacterGLM-6B: the same architecture, file lay
 size. It speaks only about what its few thousand training lines speak about.
 """
 
+import io
 import json
 import math
 import random
@@ -40,9 +41,10 @@ def train_tokenizer(dialogues: list[Dialogue], directory: Path) -> None:
     """Train `tokenizer.model`: the format of CharacterGLM's (BPE, byte fallback, newline is id 13), fewer pieces."""
     texts = [text for d in dialogues for entry in d.history for text in entry if text]
     texts += [text for d in dialogues for text in d.card.model_dump().values() if text]
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts + ["以下是一段和之间的对话。", "关于的信息：", "[", "]"] * 50),
-        model_prefix=str(directory / "tokenizer"),
+        model_writer=model,  # a file of its own would carry the path it was written to
         model_type="bpe",
         vocab_size=PIECES,
         byte_fallback=True,
@@ -54,7 +56,7 @@ def train_tokenizer(dialogues: list[Dialogue], directory: Path) -> None:
         num_threads=2,
         minloglevel=2,
     )
-    (directory / "tokenizer.vocab").unlink()
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
     settings = {"tokenizer_class": "ChatGLMTokenizer", "remove_space": False, "do_lower_case": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
