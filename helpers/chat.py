@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 from .characters import as_session_meta
+from .dialogues import history_to_messages
 from .errors import BusyError, ChatError
 from .generation import GenerationParameters, PromptCache, Reply, decode_growing, decode_reply, model_defaults
 
@@ -110,17 +111,27 @@ def fit_history(tokenizer, session_meta, query: str, history, limit: int, droppe
         `(input_ids, dropped)`. The ids are more than `limit` if the persona and the query alone are.
     """
 
-    def prompt(start: int) -> list[int]:
-        return encode_prompt(tokenizer, session_meta, query, history[start:])
-
     build_messages(query, history)  # checks all of it, before it is cut
+    turns = [history_to_messages([entry]) for entry in history]
+    return fit_turns(tokenizer, session_meta, [*turns, [{"role": "user", "content": query}]], limit, dropped)
+
+
+def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, dropped: int = 0) -> tuple[list[int], int]:
+    """As `fit_history`, for turns of checked chat messages. The last turn always stays."""
+
+    def prompt(start: int) -> list[int]:
+        messages = [message for turn in turns[start:] for message in turn]
+        return tokenizer.apply_chat_template(messages, session_meta=session_meta, add_generation_prompt=True)[
+            "input_ids"
+        ]
+
     input_ids = prompt(0)
     if len(input_ids) <= limit:
         return input_ids, 0
     input_ids = prompt(dropped)
     if not limit // 2 <= len(input_ids) <= limit:  # shorter: more was dropped than this limit asks for
-        # Fewer exchanges never make a longer prompt, so the smallest number to drop can be found by bisection.
-        starts = range(len(history))
+        # Fewer turns never make a longer prompt, so the smallest number to drop can be found by bisection.
+        starts = range(len(turns) - 1)
         dropped = bisect.bisect_left(starts, True, key=lambda start: len(prompt(start)) <= limit * 3 // 4)
         input_ids = prompt(dropped)
     return input_ids, dropped

@@ -311,18 +311,29 @@ def _seeded(device: torch.device, seed: int | None):
         yield
 
 
-def decode_growing(tokenizer, pieces: Iterable[list[int]]) -> Iterator[str]:
-    """Yield the text so far, stripped, whenever it grows; without the end token and never with half a character."""
-    spelled, shown = b"", None
-    for piece in pieces:
-        end = next((i for i, token in enumerate(piece) if token in STOP_IDS), len(piece))
-        spelled += b"".join(_spell(tokenizer, token) for token in piece[:end])
+class GrowingText:
+    """The text of token ids that arrive piece by piece: stripped, without the end token, never with half a character."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.text, self._spelled = tokenizer, "", b""
+
+    def add(self, token_ids: list[int]) -> str:
+        """Take in the next ids and return the whole text so far, which always begins with the text before."""
+        end = next((i for i, token in enumerate(token_ids) if token in STOP_IDS), len(token_ids))
+        self._spelled += b"".join(_spell(self.tokenizer, token) for token in token_ids[:end])
         # "ignore" leaves out bytes that are no character yet; the decoder of the tokenizer would then give up all
         # characters of that run of byte tokens.
-        text = spelled.decode("utf-8", errors="ignore").strip()
-        if text != shown:
-            shown = text
-            yield text
+        self.text = self._spelled.decode("utf-8", errors="ignore").strip()
+        return self.text
+
+
+def decode_growing(tokenizer, pieces: Iterable[list[int]]) -> Iterator[str]:
+    """Yield the text of `GrowingText` whenever it grows; at least once, be it empty."""
+    growing, shown = GrowingText(tokenizer), None
+    for piece in pieces:
+        if growing.add(piece) != shown:
+            shown = growing.text
+            yield shown
     if shown is None:
         yield ""
 
