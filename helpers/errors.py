@@ -23,3 +23,11 @@ class ChatError(HelpersError, ValueError):
 
 class BusyError(HelpersError, RuntimeError):
     """The session is still writing a reply."""
+
+
+class OverloadError(HelpersError, RuntimeError):
+    """The server has as many requests as it takes; try again in a moment."""
+
+
+class EngineError(HelpersError, RuntimeError):
+    """The engine stopped before the reply was complete."""

@@ -1,0 +1,213 @@
+"""Many replies at once: transformers' continuous batching, guarded so that no request can stop it for the others.
+
+One bad request stops that engine for everyone (a token id out of range, an empty prompt, a prompt beyond the cache, a
+duplicate id), so all of it is checked here first. If it stops all the same, everyone who waits gets an error at once and
+it is started again.
+"""
+
+import asyncio
+import contextlib
+import copy
+import logging
+import uuid
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+from transformers.utils import is_flash_attn_2_available
+
+from ..errors import ChatError, EngineError, OverloadError
+from ..generation import STOP_IDS, GenerationParameters
+from .sampling import Sampling, request_processors
+
+logger = logging.getLogger(__name__)
+
+PAGE_TOKENS = 32  # the unit in which the KV cache is given out, and in which prompts can share a prefix
+BATCH_TOKENS = 512  # most tokens of one forward pass; longer prompts are read in pieces, between the tokens of others
+RESTART_SECONDS = 1.0
+WATCH_SECONDS = 0.1
+
+
+class Engine:
+    """One model that writes up to `slots` replies at the same time.
+
+    Args:
+        model: a causal language model; several engines may share its weights (`shared_copy`).
+        slots: replies written at the same time.
+        queue_size: requests that may wait for a slot; one more gets an `OverloadError`.
+        context: longest prompt and reply together, in tokens.
+        cache_tokens: size of the KV cache, shared by all slots (28 KiB a token for the 6B in half precision).
+    """
+
+    def __init__(self, model, *, slots: int = 16, queue_size: int = 48, context: int = 4096, cache_tokens: int = 32768):
+        self.model, self.slots, self.queue_size = model, slots, queue_size
+        self.context = min(context, model.config.max_position_embeddings, cache_tokens)
+        self.cache_tokens = cache_tokens
+        self.restarts = 0
+        self._running: set[Generation] = set()
+        self._watcher: asyncio.Task | None = None
+        self._manager = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be served now."""
+        manager = self._manager
+        return manager is not None and manager.is_running() and manager.background_thread_status.fatal_error is None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being written or waiting."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests beyond the slots."""
+        return max(0, self.in_flight - self.slots)
+
+    async def start(self) -> None:
+        """Start, and keep watch from now on. Call in the event loop that serves the requests."""
+        await asyncio.to_thread(self._launch)
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        """Stop; replies still being written end with an error."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        self._fail_all("服务正在关闭 [shutting down]")
+        if self._manager is not None:
+            await asyncio.to_thread(self._manager.stop, block=True, timeout=10, hard_stop=True)
+
+    def generate(self, input_ids: list[int], parameters: GenerationParameters) -> "Generation":
+        """Begin a reply; iterate over the result for its token ids.
+
+        Args:
+            input_ids: the prompt.
+            parameters: do_sample, temperature, top_k, top_p, repetition_penalty, seed and max_new_tokens are used.
+
+        Raises:
+            ChatError: an empty or too long prompt, or ids that are not in the vocabulary.
+            OverloadError: all slots and the queue are full; EngineError: not running at the moment.
+        """
+        room = self._checked_room(input_ids)
+        if not self.alive:
+            raise EngineError("推理引擎没有在运行 [engine is down]：正在重启，请过几秒再试")
+        if self.in_flight >= self.slots + self.queue_size:
+            raise OverloadError(f"请求太多 [server busy]：已有 {self.in_flight} 个，请稍后再试")
+        generation = Generation(self._manager, self._running)
+        generation.start(
+            input_ids, min(parameters.max_new_tokens, room), Sampling(parameters, self.model.device)
+        )
+        return generation
+
+    def _checked_room(self, input_ids: list[int]) -> int:
+        vocabulary = self.model.config.vocab_size
+        if not input_ids or min(input_ids) < 0 or max(input_ids) >= vocabulary:
+            raise ChatError("prompt 是空的，或含有词表之外的 token [invalid prompt]")
+        room = self.context - len(input_ids)
+        if room < 1:
+            raise ChatError(f"prompt 太长 [prompt too long]：{len(input_ids)} 个 token，加上回复最多 {self.context}")
+        return room
+
+    def _launch(self) -> None:
+        # do_sample=False: our processor draws the tokens and marks them, the engine only has to take the argmax.
+        generation_config = GenerationConfig(do_sample=False, eos_token_id=STOP_IDS, pad_token_id=0)
+        # Everything explicit: the defaults take most of the free memory and many seconds. The sampler keeps its state
+        # in Python, which excludes CUDA graphs and batches prepared ahead.
+        batching = ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS,
+            num_blocks=-(-self.cache_tokens // PAGE_TOKENS),
+            max_batch_tokens=BATCH_TOKENS,
+            max_requests_per_batch=self.slots,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            auto_switch_to_flash=is_flash_attn_2_available(),  # only if installed: never fetched from a hub
+        )
+        manager = self.model.init_continuous_batching(generation_config, batching)
+        manager.logit_processor = request_processors(self.model.device)
+        manager.start()
+        self._manager = manager
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self.alive:
+                continue
+            error = self._manager.background_thread_status.fatal_error
+            logger.error("engine died", extra={"error": repr(error)})
+            self._fail_all("推理引擎出错了 [engine died]：正在重启，请过几秒再试")
+            await asyncio.sleep(RESTART_SECONDS)
+            try:
+                await asyncio.to_thread(self._launch)
+                self.restarts += 1
+            except Exception:
+                logger.exception("engine restart failed, trying again")
+
+    def _fail_all(self, reason: str) -> None:
+        for generation in list(self._running):
+            generation.fail(reason)
+
+
+class Generation:
+    """A reply being written: an asynchronous iterator over lists of new token ids.
+
+    It gives its slot back as soon as the engine has finished it, whether or not anybody has read it.
+    """
+
+    def __init__(self, manager, running: set["Generation"]):
+        self._manager, self._running = manager, running
+        self._id = uuid.uuid4().hex  # never a client's: a duplicate stops the engine
+        self._outputs: asyncio.Queue = asyncio.Queue()
+        self.token_ids: list[int] = []
+
+    def start(self, input_ids: list[int], max_new_tokens: int, sampling: Sampling) -> None:
+        """Hand the request to the engine."""
+        self._manager.register_result_handler(self._id, self._receive)
+        self._running.add(self)
+        accepted = self._manager.add_request(
+            input_ids, self._id, max_new_tokens=max_new_tokens, streaming=True, sampling=sampling
+        )
+        if accepted is None:
+            self.fail("推理引擎没有在运行 [engine is down]：请过几秒再试")
+
+    def cancel(self) -> None:
+        """End the reply within one token and free its slot. Does nothing if it has ended."""
+        if self in self._running:
+            self._manager.cancel_request(self._id)
+            self._leave()
+
+    def fail(self, reason: str) -> None:
+        """Let the reader see an error."""
+        self._outputs.put_nowait(EngineError(reason))
+        self._leave()
+
+    async def __aiter__(self):
+        finished = False
+        while not finished:
+            output = await self._outputs.get()
+            if isinstance(output, EngineError):
+                raise output
+            if output.error:
+                raise EngineError(f"推理引擎出错了 [engine error]：{output.error}")
+            new_ids = output.generated_tokens[len(self.token_ids) :]
+            self.token_ids += new_ids
+            finished = output.is_finished()
+            yield new_ids
+
+    def _receive(self, output) -> None:
+        """Called in the event loop for every token."""
+        self._outputs.put_nowait(output)
+        if output.is_finished():
+            self._leave()
+
+    def _leave(self) -> None:
+        self._running.discard(self)
+        # A cancelled request gets no last event, and its handler would stay for ever.
+        self._manager.output_router.result_handlers.pop(self._id, None)
+
+
+def shared_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A second model object with the same weights in memory, for an adapter of its own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})

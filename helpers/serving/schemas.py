@@ -1,0 +1,175 @@
+"""What clients send, as Pydantic models: the contract of the original lesson and OpenAI's chat completions.
+
+Fields that are not known here are ignored: front-ends send many of their own.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from ..characters import SessionMeta, Unicode
+
+DEFAULT_MAX_LENGTH, DEFAULT_TOP_P, DEFAULT_TEMPERATURE = 2048, 0.7, 0.95  # of the original lesson
+EXAMPLE_META = {"bot_name": "苏梦远", "bot_info": "当红的女歌手", "user_name": "陆星辰", "user_info": "导演"}
+
+
+def _text_of_parts(content: Any) -> Any:
+    """OpenAI's list of content parts as one text; anything but text parts is refused by the type of the field."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text", "")) for part in content)
+    return content
+
+
+NonEmpty = Annotated[Unicode, StringConstraints(pattern=r"\S")]
+Content = Annotated[Unicode, BeforeValidator(_text_of_parts)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class LessonRequest(_Request):
+    """The body of `POST /`, as in the original lesson. For the numbers, 0 and null mean the default."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "你好", "history": []}]})
+
+    prompt: NonEmpty = Field(description="What the user says.")
+    history: list[tuple[Unicode, Unicode]] | None = Field(None, description="[[query, response], ...]")
+    max_length: int | None = Field(None, ge=0, description=f"Prompt and reply, in tokens; default {DEFAULT_MAX_LENGTH}.")
+    top_p: float | None = Field(None, ge=0, le=1, description=f"Default {DEFAULT_TOP_P}.")
+    temperature: float | None = Field(None, ge=0, le=10, description=f"Default {DEFAULT_TEMPERATURE}.")
+    session_meta: SessionMeta | None = Field(None, description="The persona.", examples=[EXAMPLE_META])
+    character: str | None = Field(None, description="Instead of session_meta: the name of a character that ships.")
+
+    def generation(self) -> dict:
+        """Parameters for `GenerationParameters`."""
+        return {
+            "max_length": self.max_length or DEFAULT_MAX_LENGTH,
+            "max_new_tokens": self.max_length or DEFAULT_MAX_LENGTH,
+            "top_p": self.top_p or DEFAULT_TOP_P,
+            "temperature": self.temperature or DEFAULT_TEMPERATURE,
+        }
+
+
+class LessonResponse(BaseModel):
+    """The answer of `POST /`."""
+
+    response: str
+    history: list[tuple[str, str]]
+    status: int = 200
+    time: str = Field(examples=["2025-01-31 12:00:00"])
+
+
+class Message(_Request):
+    """One chat message. System messages describe the character."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+
+class StreamOptions(_Request):
+    """What else a stream tells."""
+
+    include_usage: bool = False
+
+
+class TemplateArguments(_Request):
+    """As vLLM takes them: arguments of the chat template."""
+
+    session_meta: SessionMeta | None = None
+
+
+class ChatRequest(_Request):
+    """The body of `POST /v1/chat/completions`, as far as it has an effect here."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "苏梦远", "messages": [{"role": "user", "content": "你好"}]}]}
+    )
+
+    messages: list[Message] = Field(min_length=1)
+    model: str | None = Field(None, description="The model, an adapter, or the name of a character that ships.")
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="Takes precedence over max_tokens.")
+    temperature: float | None = Field(None, ge=0, le=10, description="0: always the most likely token.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 or -1 means all.")
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    seed: int | None = Field(None, lt=2**63, description="A negative one counts as none.")
+    stop: Annotated[list[NonEmpty], Field(max_length=16)] | NonEmpty | None = None
+    n: Literal[1] | None = 1
+    chat_template_kwargs: TemplateArguments | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatRequest":
+        if not any(message.role in ("user", "assistant") and message.content.strip() for message in self.messages):
+            raise ValueError("messages 里没有可以回答的话 [no user message]：至少要有一条非空的 user 消息")
+        return self
+
+    def generation(self) -> dict:
+        """Parameters for `GenerationParameters`: only what the client has set."""
+        chosen = {name: getattr(self, name) for name in ("top_p", "repetition_penalty") if getattr(self, name)}
+        if self.temperature is not None:
+            chosen |= {"temperature": self.temperature} if self.temperature >= 1e-4 else {"do_sample": False}
+        if self.top_k is not None:
+            chosen["top_k"] = max(0, self.top_k)
+        if self.seed is not None and self.seed >= 0:
+            chosen["seed"] = self.seed
+        if limit := self.max_completion_tokens or self.max_tokens:
+            chosen["max_new_tokens"] = limit
+        return chosen
+
+    def stops(self) -> list[str]:
+        """Texts at which the reply ends."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class Usage(BaseModel):
+    """Tokens counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Reply(BaseModel):
+    """What the character says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class Choice(BaseModel):
+    """The one answer."""
+
+    index: int = 0
+    message: Reply
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class Completion(BaseModel):
+    """The answer of `POST /v1/chat/completions` without streaming."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's shape."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every 4xx and 5xx."""
+
+    error: ErrorDetail
