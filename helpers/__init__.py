@@ -6,7 +6,15 @@ reply, history = helpers.chat(model, tokenizer, helpers.load_characters()["ËãèÊ¢
 """
 
 from . import modeling, tokenization
-from .characters import CharacterCard, SessionMeta, export_card_v2, get_character, import_card_v2, load_characters
+from .characters import (
+    CharacterCard,
+    SessionMeta,
+    export_card_png,
+    export_card_v2,
+    get_character,
+    import_card_v2,
+    load_characters,
+)
 from .chat import ChatSession, ContextWarning, chat, stream_chat
 from .display import prompt_xray
 from .doctor import memory, preflight
@@ -30,6 +38,7 @@ __all__ = [
     "chat",
     "choose",
     "download_model",
+    "export_card_png",
     "export_card_v2",
     "get_character",
     "import_card_v2",

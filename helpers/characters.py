@@ -1,16 +1,22 @@
 """Personas: `SessionMeta` (the four fields of CharacterGLM's prompt) and `CharacterCard` (with greeting and source)."""
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
+from PIL import Image, PngImagePlugin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from .errors import CharacterError
 
 CHARACTERS_FILE = Path(__file__).parent.parent / "data" / "characters.json"
 CARD_EXTENSION = "characterglm"  # where a character-card V2 keeps what V2 has no field for
+MAX_FILE_BYTES = 20_000_000
+MAX_PIXELS = 25_000_000  # a picture of a few kilobytes can claim to have billions
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def _none_is_empty(value: Any) -> Any:
@@ -111,8 +117,30 @@ def export_card_v2(card: CharacterCard) -> dict:
     }
 
 
-def import_card_v2(card: dict | str | Path) -> CharacterCard:
-    """A character-card V2 (a dict, or the path of a JSON file) as a `CharacterCard`.
+def export_card_png(card: CharacterCard, picture: str | Path | None = None) -> bytes:
+    """`card` as a PNG file with a character-card V2 inside, as role-play front-ends exchange them.
+
+    Args:
+        picture: an image file to show; by default a plain card in a colour of the character's own.
+
+    Raises:
+        CharacterError: the picture cannot be read, or is too large.
+    """
+    if picture is None:
+        colour = f"hsl({sum(card.bot_name.encode()) % 360}, 45%, 60%)"
+        image = Image.new("RGB", (256, 384), colour)
+    else:
+        image = _open_image(_read_bytes(Path(picture)))
+    card_json = json.dumps(export_card_v2(card), ensure_ascii=False)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("chara", base64.b64encode(card_json.encode()).decode())
+    file = io.BytesIO()
+    image.convert("RGBA" if image.has_transparency_data else "RGB").save(file, "PNG", pnginfo=text)
+    return file.getvalue()
+
+
+def import_card_v2(card: dict | bytes | str | Path) -> CharacterCard:
+    """A character-card V2 as a `CharacterCard`: a dict, or the path or content of a JSON or PNG file.
 
     `description`, `personality` and `scenario` become `bot_info`; `{{char}}` and `{{user}}` become the names. What
     CharacterGLM's prompt has no place for (example dialogues, system prompts, lore books) is left out.
@@ -121,7 +149,8 @@ def import_card_v2(card: dict | str | Path) -> CharacterCard:
         CharacterError: not a V2 card, or a field is not valid.
     """
     if not isinstance(card, dict):
-        card = _read_json_object(Path(card))
+        name, content = ("", card) if isinstance(card, bytes) else (str(card), _read_bytes(Path(card)))
+        card = _parse_json_object(_card_text(content) if content.startswith(PNG_SIGNATURE) else content, name)
     if card.get("spec") != "chara_card_v2":
         raise CharacterError("这不是 character card V2 [not a V2 card]：需要 spec='chara_card_v2'；V1 的卡请先转成 V2")
     data = _validate(_CardData, card.get("data"), "V2 卡 data 的")
@@ -164,16 +193,57 @@ def field_problems(error: ValidationError, whole: str) -> str:
 
 
 def _read_json_object(file: Path) -> dict:
+    return _parse_json_object(_read_bytes(file), str(file))
+
+
+def _read_bytes(file: Path) -> bytes:
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))  # Windows editors begin a file with a mark
+        with file.open("rb") as opened:
+            return opened.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise CharacterError(f"找不到角色文件 [file not found]：{file}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CharacterError(
-            f"角色文件不是有效的 UTF-8 JSON [invalid JSON]：{file}（{error}）。PNG 卡请先导出成 JSON"
-        ) from None
     except OSError as error:
         raise CharacterError(f"读不了角色文件 [cannot read file]：{file}（{error}）") from None
-    if not isinstance(content, dict):
-        raise CharacterError(f"角色文件的内容不是 JSON 对象 [not a JSON object]：{file}")
-    return content
+
+
+def _parse_json_object(content: bytes, name: str) -> dict:
+    _refuse_too_large(content)
+    try:
+        parsed = json.loads(content.decode("utf-8-sig"))  # Windows editors begin a file with a mark
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise CharacterError(f"角色文件不是有效的 UTF-8 JSON [invalid JSON]：{name}（{error}）") from None
+    if not isinstance(parsed, dict):
+        raise CharacterError(f"角色文件的内容不是 JSON 对象 [not a JSON object]：{name}")
+    return parsed
+
+
+def _card_text(png: bytes) -> bytes:
+    """The JSON text of the card in a PNG file: base64 in the text chunk `chara`."""
+    image = _open_image(png)
+    if "chara" not in image.text:
+        hint = "它只有 V3 的卡，请另存为 V2" if "ccv3" in image.text else "聊天软件转发图片时常会丢掉卡，请用原文件"
+        raise CharacterError(f"这个 PNG 里没有角色卡 V2 [no card in PNG]：{hint}")
+    try:
+        return base64.b64decode(image.text["chara"], validate=True)
+    except ValueError as error:
+        raise CharacterError(f"PNG 里的角色卡已损坏 [damaged card]：不是 base64（{error}）") from None
+
+
+def _open_image(content: bytes) -> Image.Image:
+    """The decoded image; text chunks may stand at the end of a file, so all of it is read."""
+    _refuse_too_large(content)
+    try:
+        image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise CharacterError(f"图片太大 [image too large]：{image.size}，最多 {MAX_PIXELS:,} 像素。请先缩小")
+        image.load()
+    except CharacterError:
+        raise
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise CharacterError(f"读不了这张图片 [damaged image]：{error}。请重新下载或另存一次") from None
+    return image
+
+
+def _refuse_too_large(content: bytes) -> None:
+    if len(content) > MAX_FILE_BYTES:
+        raise CharacterError(f"文件太大 [file too large]：角色卡最多 {MAX_FILE_BYTES // 1_000_000} MB")

@@ -150,7 +150,7 @@ class _Request:
     def __init__(self, model, tokenizer, session_meta, query, history, generation: dict, dropped: int = 0):
         self.model, self.tokenizer = model, tokenizer
         self.parameters = GenerationParameters.check({**model_defaults(model), **generation})
-        context = min(self.parameters.max_length or context_length(model), context_length(model))
+        context = context_limit(model, self.parameters)
         reserve = min(self.parameters.max_new_tokens, max(1, context // 4))  # room for the reply
         self.input_ids, self.dropped = fit_history(
             tokenizer, as_session_meta(session_meta), query, history, context - reserve, dropped
@@ -171,11 +171,17 @@ def context_length(model) -> int:
     return model.config.max_position_embeddings
 
 
+def context_limit(model, parameters: GenerationParameters) -> int:
+    """How many tokens, prompt and reply together, these parameters allow."""
+    return min(parameters.max_length or context_length(model), context_length(model))
+
+
 class ChatSession:
     """A conversation with one character, which keeps the KV cache from turn to turn.
 
     Only tokens that differ from the last prompt are computed again, so the time to the first token does not grow with
-    the conversation. `history` is a list of [query, response] and may be read at any time.
+    the conversation. `history` is a list of [query, response] and may be read at any time. `regenerate` keeps the old
+    replies: `alternatives` has them all, `swipe` shows another one.
 
     Args:
         session_meta: persona; a `CharacterCard` with a greeting lets the character speak first.
@@ -188,6 +194,7 @@ class ChatSession:
         self.statistics: dict = {}  # of the last reply, see Reply.statistics
         self.dropped_turns = 0  # oldest exchanges that were not in the last prompt
         self._cache, self._reply, self._lock = PromptCache(), None, threading.Lock()
+        self._others: tuple[list[str], list[str]] = ([], [])  # alternatives before and after the reply in the history
         self.session_meta = as_session_meta(session_meta)
         self.history: list[list[str]] = []
         self.clear()
@@ -218,15 +225,37 @@ class ChatSession:
         """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised."""
         return self._stream(generation, again=True)
 
+    @property
+    def alternatives(self) -> list[str]:
+        """The replies to the last query, in the order made; one of them is in the history, see `alternative`."""
+        before, after = self._others
+        return [*before, self.history[-1][1], *after] if self.history else []
+
+    @property
+    def alternative(self) -> int:
+        """Which of `alternatives` is in the history, counted from 0."""
+        return len(self._others[0])
+
+    def swipe(self, step: int = 1) -> str:
+        """Put another alternative into the history: the next (1) or the previous (-1). At either end nothing happens."""
+        with self._not_busy():
+            query, _ = self._last_exchange()
+            replies = self.alternatives
+            shown = min(max(self.alternative + step, 0), len(replies) - 1)
+            self._others = (replies[:shown], replies[shown + 1 :])
+            self.history[-1] = [query, replies[shown]]
+            return replies[shown]
+
     def undo(self) -> str:
-        """Take the last exchange back and return its query."""
+        """Take the last exchange back, with all its alternatives, and return its query."""
         with self._not_busy():
             query, _ = self._last_exchange()
             self.history.pop()
+            self._others = ([], [])
             return query
 
     def edit(self, query: str | None = None, response: str | None = None) -> None:
-        """Change either side of the last exchange (of a greeting only the response)."""
+        """Change either side of the last exchange (of a greeting only the response). Other alternatives stay."""
         with self._not_busy():
             if not self.history:
                 raise ChatError("还没有可以编辑的对话 [nothing to edit]")
@@ -239,16 +268,43 @@ class ChatSession:
             self.history[-1] = [old_query, old_response]
 
     def set_persona(self, session_meta) -> None:
-        """Go on with the same history under another persona."""
+        """Go on with the same history under another persona. Only the shown reply stays of the alternatives."""
         with self._not_busy():
             self.session_meta = as_session_meta(session_meta)
+            self._others = ([], [])
+
+    @property
+    def parameters(self) -> GenerationParameters:
+        """What the next reply is generated with: the model's own defaults and, over them, `generation`."""
+        return GenerationParameters.check({**model_defaults(self.model), **self.generation})
+
+    def set_generation(self, **parameters) -> None:
+        """Change defaults for the next replies; one that is being written is not affected.
+
+        Raises:
+            ChatError: an unknown name or a senseless value; then nothing changes.
+        """
+        generation = {**self.generation, **parameters}
+        GenerationParameters.check({**model_defaults(self.model), **generation})
+        self.generation = generation
+
+    def context_used(self) -> tuple[int, int]:
+        """`(tokens, limit)`: how long the next prompt is before anything is typed, and how long prompt and reply may be.
+
+        Turns that no longer fit and were left out of the last prompt are not counted.
+        """
+        messages = [*build_messages("?", self.history[self.dropped_turns :])[:-1], {"role": "user", "content": ""}]
+        prompt = self.tokenizer.apply_chat_template(
+            messages, session_meta=self.session_meta, add_generation_prompt=True
+        )
+        return len(prompt["input_ids"]), context_limit(self.model, self.parameters)
 
     def clear(self) -> None:
         """Begin anew: only the greeting of the card, if it has one, remains."""
         with self._not_busy():
             greeting = getattr(self.session_meta, "greeting", "").strip()
             self.history = [["", greeting]] if greeting else []
-            self.statistics, self.dropped_turns = {}, 0
+            self.statistics, self.dropped_turns, self._others = {}, 0, ([], [])
 
     def export(self) -> dict:
         """The conversation as a JSON-serialisable dict, to be opened again with `ChatSession.restore`."""
@@ -257,6 +313,8 @@ class ChatSession:
             "session_meta": self.session_meta.model_dump(),
             "generation": dict(self.generation),
             "history": [list(entry) for entry in self.history],
+            "alternatives": self.alternatives,
+            "alternative": self.alternative,
         }
 
     def to_markdown(self) -> str:
@@ -281,6 +339,7 @@ class ChatSession:
         GenerationParameters.check(generation)
         session = cls(model, tokenizer, exported.get("session_meta"), **generation)
         session.history = [list(entry) for entry in history]
+        session._others = _exported_others(exported, session.alternatives)
         return session
 
     def _stream(self, generation: dict, query="", again: bool = False) -> Iterator[str]:
@@ -288,18 +347,20 @@ class ChatSession:
         with self._not_busy():
             if again:
                 query = self._last_exchange()[0]
+            earlier = self.alternatives if again else []
             past = self.history[: len(self.history) - again]
             parameters = {**self.generation, **generation}
             request = _Request(
                 self.model, self.tokenizer, self.session_meta, query, past, parameters, self.dropped_turns
             )
             self._note_dropped(request.dropped)
-            self._reply = reply = request.reply(self._cache, lambda reply: self._record(past, query, reply))
+            self._reply = reply = request.reply(self._cache, lambda reply: self._record(past, query, reply, earlier))
             reply.start()  # only now: a stop() must find the reply it is meant for
         yield from _read(self.tokenizer, reply)
 
-    def _record(self, past: list, query: str, reply: Reply) -> None:
+    def _record(self, past: list, query: str, reply: Reply, earlier: list[str]) -> None:
         """In the reply's thread, when it has ended: let it join the history, whether or not somebody reads it."""
+        self._others = (earlier, [])
         self.history = [*past, [query, decode_reply(self.tokenizer, reply.token_ids)]]
         self.statistics = reply.statistics()
 
@@ -320,3 +381,13 @@ class ChatSession:
             if self._reply is not None and self._reply.running:
                 raise BusyError("正在生成回复 [busy]：请等它结束，或先 stop()")
             yield
+
+
+def _exported_others(exported: dict, shown: list[str]) -> tuple[list[str], list[str]]:
+    """The alternatives before and after the shown one of an exported conversation; older exports have none."""
+    replies, position = exported.get("alternatives", shown), exported.get("alternative", 0)
+    if not isinstance(replies, list) or type(position) is not int or replies[position : position + 1] != shown:
+        raise ChatError("导出的对话已损坏 [damaged export]：alternatives 里没有 history 的最后一条回复")
+    for reply in replies:
+        _checked(reply, "alternatives 的一条", may_be_empty=True)
+    return replies[:position], replies[position + 1 :]

@@ -1,8 +1,13 @@
-"""Personas: the shipped cards, validation that names the field, and character-card V2 in and out."""
+"""Personas: the shipped cards, validation that names the field, and character-card V2, as JSON and PNG, in and out."""
 
+import base64
+import io
 import json
+import struct
+import zlib
 
 import pytest
+from PIL import Image
 
 import helpers
 from helpers.characters import CHARACTERS_FILE, CharacterCard, SessionMeta, as_session_meta
@@ -166,14 +171,17 @@ def test_junk_file_is_refused(tmp_path, read, content):
 
 @pytest.mark.parametrize("read", [helpers.load_characters, helpers.import_card_v2])
 def test_unreadable_file_is_refused(tmp_path, read):
-    picture = tmp_path / "card.png"
-    picture.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
-    with pytest.raises(CharacterError, match="invalid JSON.*PNG"):
-        read(picture)
+    binary = tmp_path / "card.json"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(CharacterError, match="invalid JSON"):
+        read(binary)
     with pytest.raises(CharacterError, match="file not found"):
         read(tmp_path / "nowhere.json")
     with pytest.raises(CharacterError, match="cannot read"):
         read(tmp_path)
+    binary.write_bytes(b" " * 20_000_001)
+    with pytest.raises(CharacterError, match="file too large"):
+        read(binary)
 
 
 # --- character-card V2
@@ -269,3 +277,88 @@ def test_v2_card_without_data_is_refused(foreign_card, data):
 def test_other_cards_are_refused(card):
     with pytest.raises(CharacterError, match="not a V2 card"):
         helpers.import_card_v2(card)
+
+
+# --- character-card V2 in a PNG
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """One chunk of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(*chunks: bytes, size=(1, 1)) -> bytes:
+    """A grey PNG file with these chunks after the picture, where other programs write the card."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0\0"))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def chara(text: bytes) -> bytes:
+    return chunk(b"tEXt", b"chara\0" + text)
+
+
+@pytest.mark.parametrize("card", helpers.load_characters().values(), ids=lambda card: card.bot_name)
+def test_png_round_trip(card, tmp_path):
+    content = helpers.export_card_png(card)
+    assert len(content) < 10_000
+    assert helpers.import_card_v2(content) == card
+    file = tmp_path / "card.anything"
+    file.write_bytes(content)
+    assert helpers.import_card_v2(file) == helpers.import_card_v2(str(file)) == card
+
+
+def test_png_shows_the_given_picture_and_only_the_new_card(tmp_path):
+    old, new = (CharacterCard(**{**META, "bot_name": name}) for name in ("旧名", "新名"))
+    picture = tmp_path / "old.png"
+    Image.open(io.BytesIO(helpers.export_card_png(old))).resize((30, 40)).save(picture)
+    content = helpers.export_card_png(new, picture)
+    assert helpers.import_card_v2(content) == new
+    assert Image.open(io.BytesIO(content)).size == (30, 40)
+
+
+def test_png_of_another_program(foreign_card):
+    text = base64.b64encode(json.dumps(foreign_card).encode())
+    assert helpers.import_card_v2(png(chara(text))).bot_name == "Seraphina"
+
+
+def test_card_from_the_content_of_a_json_file(foreign_card):
+    assert helpers.import_card_v2(json.dumps(foreign_card).encode()).bot_name == "Seraphina"
+
+
+GOOD = base64.b64encode(json.dumps(helpers.export_card_v2(CharacterCard(**META))).encode())
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (png(), "no card in PNG"),
+        (png(chunk(b"tEXt", b"ccv3\0" + GOOD)), "no card in PNG.*V3"),
+        (png(chara(b"!!!")), "damaged card"),
+        (png(chara("é".encode("latin-1"))), "damaged card"),
+        (png(chara(GOOD[:-5])), "damaged card"),
+        (png(chara(base64.b64encode(b"\xff{"))), "invalid JSON"),
+        (png(chara(base64.b64encode(b"[1]"))), "not a JSON object"),
+        (png(chara(base64.b64encode(b'{"name": "V1"}'))), "not a V2 card"),
+        (png(chara(GOOD), size=(6000, 6000)), "image too large"),
+        (png(chara(GOOD), size=(60000, 60000)), "damaged image.*bomb"),
+        (png(chunk(b"zTXt", b"chara\0\0" + zlib.compress(b"A" * 100_000_000))), "damaged image.*too large"),
+        (png(chara(GOOD))[:30], "damaged image"),
+        (png(chara(GOOD)).replace(b"IDAT\x78", b"IDAT\0"), "damaged image"),
+        (b"GIF89a", "invalid JSON"),
+        (b" " * 20_000_001, "file too large"),
+        (b"\x89PNG\r\n\x1a\n" + b" " * 20_000_001, "file too large"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_png_is_refused(content, problem):
+    with pytest.raises(CharacterError, match=problem):
+        helpers.import_card_v2(content)
+
+
+def test_picture_that_cannot_be_read_is_refused(tmp_path):
+    text = write(tmp_path / "picture.png", "%!PS-Adobe-3.0 EPSF-3.0")
+    with pytest.raises(CharacterError, match="damaged image"):
+        helpers.export_card_png(CharacterCard(**META), text)
+    with pytest.raises(CharacterError, match="file not found"):
+        helpers.export_card_png(CharacterCard(**META), tmp_path / "nowhere.png")

@@ -782,6 +782,137 @@ def test_stop_without_a_reply_does_nothing(nano, card, session):
     assert session.send("你好", min_new_tokens=5)
 
 
+# --- alternatives
+
+
+def regenerate_three(session):
+    """A session with three different replies to 你好."""
+    replies = [session.send("你好", min_new_tokens=3)]
+    replies += [session.regenerate(do_sample=True, temperature=2.0, seed=seed) for seed in (1, 2)]
+    assert len(set(replies)) == 3, "the test needs three different replies"
+    return replies
+
+
+def test_regenerate_keeps_the_old_replies_and_swipe_shows_them(session, card):
+    replies = regenerate_three(session)
+    assert (session.alternatives, session.alternative) == (replies, 2)
+    for step, shown in [(-1, 1), (-1, 0), (-1, 0), (1, 1), (5, 2), (1, 2), (-2, 0)]:
+        assert session.swipe(step) == replies[shown]
+        assert session.history == [["", card.greeting], ["你好", replies[shown]]]
+        assert (session.alternatives, session.alternative) == (replies, shown)
+    fourth = session.regenerate(do_sample=True, temperature=2.0, seed=3)
+    assert (session.alternatives, session.alternative) == ([*replies, fourth], 3)
+
+
+def test_next_reply_follows_the_shown_alternative(nano, session, generated):
+    replies = regenerate_three(session)
+    session.swipe(-1)
+    session.send("然后呢")
+    prompt = nano[1].decode(generated[-1][0])
+    assert f"]{replies[1]}\n" in prompt
+    assert replies[2] not in prompt
+
+
+@pytest.mark.parametrize(
+    "change, alternatives",
+    [
+        (lambda session: session.send("再说"), lambda session: [session.history[-1][1]]),
+        (lambda session: session.undo(), lambda session: [session.session_meta.greeting]),
+        (lambda session: session.clear(), lambda session: [session.session_meta.greeting]),
+        (lambda session: session.set_persona(META), lambda session: [session.history[-1][1]]),
+    ],
+    ids=["send", "undo", "clear", "persona"],
+)
+def test_alternatives_belong_to_one_query_and_persona(session, change, alternatives):
+    regenerate_three(session)
+    session.swipe(-1)
+    change(session)
+    assert session.alternatives == alternatives(session)
+    assert session.alternative == 0
+
+
+def test_edit_changes_the_shown_alternative(session):
+    first, _, third = regenerate_three(session)
+    session.swipe(-1)
+    session.edit(query="您好", response="改过")
+    assert (session.alternatives, session.alternative) == ([first, "改过", third], 1)
+    session.swipe()
+    assert session.history[-1] == ["您好", third]
+
+
+def test_stopped_reply_is_an_alternative(nano, session):
+    first = session.send("你好")
+    with each_forward(nano[0], slow()):
+        for text in session.stream_again(**ENDLESS):
+            if len(text) > 3:
+                session.stop()
+    assert session.alternatives == [first, text]
+
+
+def test_failed_regenerate_keeps_the_alternatives(nano, session):
+    replies = regenerate_three(session)
+    session.swipe(-1)
+
+    def fail(number, input_ids):
+        raise RuntimeError("broken")
+
+    with each_forward(nano[0], fail), pytest.raises(RuntimeError, match="broken"):
+        session.regenerate()
+    assert (session.alternatives, session.alternative) == (replies, 1)
+
+
+def test_nothing_to_swipe(nano, session):
+    with pytest.raises(ChatError, match="no exchange yet"):
+        session.swipe()
+    assert helpers.ChatSession(*nano, META).alternatives == []
+
+
+# --- parameters between replies
+
+
+def test_set_generation_holds_for_the_next_replies(session, generated):
+    session.set_generation(max_new_tokens=3, min_new_tokens=3)
+    session.send("你好")
+    session.set_generation(max_new_tokens=4)
+    session.send("你好")
+    assert [(len(reply), config.do_sample) for _, config, reply in generated] == [(3, False), (4, False)]
+    assert (session.parameters.max_new_tokens, session.parameters.min_new_tokens) == (4, 3)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": 0}, {"temprature": 1.0}, {"min_new_tokens": 13}, {"top_p": "x"}])
+def test_senseless_parameters_change_nothing(session, bad):
+    before = dict(session.generation)
+    with pytest.raises(ChatError):
+        session.set_generation(top_k=7, **bad)
+    assert session.generation == before
+
+
+def test_parameters_name_what_the_model_sets_itself(nano, session):
+    own = model_defaults(nano[0])
+    assert session.parameters.temperature == own["temperature"] != GenerationParameters().temperature
+
+
+def test_moving_a_parameter_does_not_disturb_a_reply(nano, session, generated):
+    with each_forward(nano[0], lambda number, input_ids: number == 3 and session.set_generation(max_new_tokens=5)):
+        session.send("你好", min_new_tokens=12)
+    assert len(generated[0][2]) == 12
+    assert session.parameters.max_new_tokens == 5
+
+
+def test_context_used_is_the_next_prompt_without_its_words(nano, session, generated):
+    for query in ("你好", "然后呢"):
+        used, limit = session.context_used()
+        session.send(query)
+        words = len(nano[1](query, add_special_tokens=False)["input_ids"])
+        # the boundary between name and words may be cut into tokens differently
+        assert abs(used + words - len(generated[-1][0])) <= 2
+    assert session.context_used()[0] > used
+    assert limit == nano[0].config.max_position_embeddings
+    session.set_generation(max_length=300)
+    assert session.context_used()[1] == 300
+    assert helpers.ChatSession(*nano, {"bot_name": "甲"}).context_used()[0] < 40
+
+
 # --- the context
 
 
@@ -918,6 +1049,21 @@ def test_export_and_restore_after_json(nano, card):
     assert restored.history == [["", card.greeting]]
 
 
+def test_export_keeps_the_alternatives(nano, session):
+    replies = regenerate_three(session)
+    session.swipe(-1)
+    restored = helpers.ChatSession.restore(*nano, json.loads(json.dumps(session.export())))
+    assert (restored.alternatives, restored.alternative) == (replies, 1)
+    assert restored.swipe() == replies[2]
+
+
+def test_older_export_without_alternatives(nano, session):
+    session.send("你好")
+    older = {key: value for key, value in session.export().items() if not key.startswith("alternative")}
+    restored = helpers.ChatSession.restore(*nano, older)
+    assert restored.export() == session.export()
+
+
 def test_restore_without_a_greeting(nano):
     session = helpers.ChatSession(*nano, META, **GREEDY)
     session.history.append(["在吗", "在的"])
@@ -945,6 +1091,12 @@ def test_export_is_a_copy(session):
         (lambda e: {**e, "history": "你好"}, ChatError),
         (lambda e: {**e, "history": [["a"]]}, ChatError),
         (lambda e: {**e, "history": [["a", 5]]}, ChatError),
+        (lambda e: {**e, "alternatives": "你好"}, ChatError),
+        (lambda e: {**e, "alternatives": ["别的"]}, ChatError),
+        (lambda e: {**e, "alternatives": [*e["alternatives"], 5]}, ChatError),
+        (lambda e: {**e, "alternative": 1}, ChatError),
+        (lambda e: {**e, "alternative": -1}, ChatError),
+        (lambda e: {**e, "alternative": "0"}, ChatError),
         (lambda e: {**e, "generation": []}, ChatError),
         (lambda e: {**e, "generation": {"temperature": 0}}, ChatError),
         (lambda e: {**e, "generation": {"model": "x"}}, ChatError),
