@@ -41,12 +41,12 @@ def join_pairs(args: list[str]) -> list[str]:
     return joined
 
 
-def split_pairs(pairs: list[str] | None) -> list[tuple[str, str]]:
+def split_pairs(pairs: list[str] | None, usage: str = "-p NAME VALUE") -> list[tuple[str, str]]:
     """(name, value) of every NAME=VALUE; bad usage if the value is missing."""
     split = [pair.partition("=") for pair in pairs or []]
     for name, equals, _ in split:
         if not name or not equals:
-            raise typer.BadParameter("写法是 -p NAME VALUE [-p takes a name and a value]", param_hint="-p")
+            raise typer.BadParameter(f"写法是 {usage} [takes a name and a value]", param_hint=usage.split()[0])
     return [(name, value) for name, _, value in split]
 
 
@@ -104,6 +104,48 @@ def download(
     from .download import download_model
 
     print(download_model(local_dir=local_dir))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto",
+    host: Annotated[str, typer.Option(help="绑定的地址 [address to bind]")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")] = 6006,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="CHARACTERGLM_API_KEY", help="访问要带的 key [bearer token]")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="LoRA adapter，可重复 [repeatable]")
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="没有 key 也绑定 127.0.0.1 以外的地址 [no key needed]")] = False,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="允许哪些网页调用，可重复 [repeatable]")] = None,
+    slots: Annotated[int, typer.Option(min=1, max=256, help="同时写多少条回复 [replies at once]")] = 16,
+    queue_size: Annotated[int, typer.Option(min=0, help="再多少条排队，更多的得到 429 [waiting requests]")] = 48,
+    context: Annotated[int, typer.Option(min=64, help="prompt 加回复最多多少 token [tokens]")] = 4096,
+    cache_tokens: Annotated[int, typer.Option(min=64, help="KV cache 的大小，所有回复共用 [tokens]")] = 32768,
+    grace_seconds: Annotated[int, typer.Option(min=0, help="停止时等正在写的回复多久 [seconds]")] = 30,
+    log_text: Annotated[bool, typer.Option(help="日志里也写对话内容 [log messages too]")] = False,
+    until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """API 服务：原教程的 POST / 和 OpenAI 接口 [API server]"""
+    from .serving import serve as serve_api
+
+    serve_api(
+        model,
+        host=host,
+        port=port,
+        api_key=api_key,
+        insecure=insecure,
+        grace_seconds=grace_seconds,
+        until_stdin_closes=until_stdin_closes,
+        adapters=dict(split_pairs(adapter, "--adapter NAME=DIR")),
+        cors_origins=tuple(cors_origin or ()),
+        slots=slots,
+        queue_size=queue_size,
+        context=context,
+        cache_tokens=cache_tokens,
+        log_text=log_text,
+    )
 
 
 def main() -> None:

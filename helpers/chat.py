@@ -110,10 +110,13 @@ def fit_history(tokenizer, session_meta, query: str, history, limit: int, droppe
     Returns:
         `(input_ids, dropped)`. The ids are more than `limit` if the persona and the query alone are.
     """
+    return fit_turns(tokenizer, session_meta, build_turns(query, history), limit, dropped)
 
+
+def build_turns(query: str, history) -> list[list[dict]]:
+    """The messages of each exchange, and of the new query. Raises as `build_messages`."""
     build_messages(query, history)  # checks all of it, before it is cut
-    turns = [history_to_messages([entry]) for entry in history]
-    return fit_turns(tokenizer, session_meta, [*turns, [{"role": "user", "content": query}]], limit, dropped)
+    return [*(history_to_messages([entry]) for entry in history), [{"role": "user", "content": query}]]
 
 
 def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, dropped: int = 0) -> tuple[list[int], int]:
@@ -128,6 +131,7 @@ def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, drop
     input_ids = prompt(0)
     if len(input_ids) <= limit:
         return input_ids, 0
+    dropped = min(dropped, len(turns) - 1)
     input_ids = prompt(dropped)
     if not limit // 2 <= len(input_ids) <= limit:  # shorter: more was dropped than this limit asks for
         # Fewer turns never make a longer prompt, so the smallest number to drop can be found by bisection.
@@ -135,6 +139,27 @@ def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, drop
         dropped = bisect.bisect_left(starts, True, key=lambda start: len(prompt(start)) <= limit * 3 // 4)
         input_ids = prompt(dropped)
     return input_ids, dropped
+
+
+def fit_prompt(
+    tokenizer, session_meta, turns: list[list[dict]], parameters: GenerationParameters, context: int, dropped: int = 0
+) -> tuple[list[int], int, int]:
+    """The prompt of `fit_turns` with room for a reply, within `context` tokens for both.
+
+    Returns:
+        `(input_ids, dropped, max_new_tokens)`.
+
+    Raises:
+        ChatError: the persona and the last turn alone leave no room for a reply.
+    """
+    reserve = min(parameters.max_new_tokens, max(1, context // 4))  # room for the reply
+    input_ids, dropped = fit_turns(tokenizer, session_meta, turns, context - reserve, dropped)
+    room = context - len(input_ids)
+    if room < min(parameters.max_new_tokens, MIN_REPLY_TOKENS):
+        raise ChatError(
+            f"人设和这句话太长 [prompt too long]：共 {len(input_ids)} 个 token，加上回复最多 {context}。请缩短人设或这句话"
+        )
+    return input_ids, dropped, min(parameters.max_new_tokens, room)
 
 
 def warn_dropped(dropped: int) -> None:
@@ -150,17 +175,15 @@ class _Request:
     def __init__(self, model, tokenizer, session_meta, query, history, generation: dict, dropped: int = 0):
         self.model, self.tokenizer = model, tokenizer
         self.parameters = GenerationParameters.check({**model_defaults(model), **generation})
-        context = context_limit(model, self.parameters)
-        reserve = min(self.parameters.max_new_tokens, max(1, context // 4))  # room for the reply
-        self.input_ids, self.dropped = fit_history(
-            tokenizer, as_session_meta(session_meta), query, history, context - reserve, dropped
+        self.input_ids, self.dropped, max_new_tokens = fit_prompt(
+            tokenizer,
+            as_session_meta(session_meta),
+            build_turns(query, history),
+            self.parameters,
+            context_limit(model, self.parameters),
+            dropped,
         )
-        room = context - len(self.input_ids)
-        if room < min(self.parameters.max_new_tokens, MIN_REPLY_TOKENS):
-            raise ChatError(
-                f"人设和这句话太长 [prompt too long]：共 {len(self.input_ids)} 个 token，加上回复最多 {context}。请缩短人设或这句话"
-            )
-        self.config = self.parameters.to_config(min(self.parameters.max_new_tokens, room))
+        self.config = self.parameters.to_config(max_new_tokens)
 
     def reply(self, cache: PromptCache, on_end=None) -> Reply:
         return Reply(self.model, self.input_ids, self.config, cache, self.parameters.seed, on_end)

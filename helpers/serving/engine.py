@@ -91,15 +91,17 @@ class Engine:
             OverloadError: all slots and the queue are full; EngineError: not running at the moment.
         """
         room = self._checked_room(input_ids)
+        self.admit()
+        generation = Generation(self._manager, self._running)
+        generation.start(input_ids, min(parameters.max_new_tokens, room), Sampling(parameters, self.model.device))
+        return generation
+
+    def admit(self) -> None:
+        """Raise an `EngineError` if the engine is down, an `OverloadError` if it takes no more requests."""
         if not self.alive:
             raise EngineError("推理引擎没有在运行 [engine is down]：正在重启，请过几秒再试")
         if self.in_flight >= self.slots + self.queue_size:
             raise OverloadError(f"请求太多 [server busy]：已有 {self.in_flight} 个，请稍后再试")
-        generation = Generation(self._manager, self._running)
-        generation.start(
-            input_ids, min(parameters.max_new_tokens, room), Sampling(parameters, self.model.device)
-        )
-        return generation
 
     def _checked_room(self, input_ids: list[int]) -> int:
         vocabulary = self.model.config.vocab_size

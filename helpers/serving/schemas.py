@@ -20,6 +20,7 @@ def _text_of_parts(content: Any) -> Any:
     return content
 
 
+StopText = Annotated[Unicode, StringConstraints(min_length=1, max_length=200)]
 NonEmpty = Annotated[Unicode, StringConstraints(pattern=r"\S")]
 Content = Annotated[Unicode, BeforeValidator(_text_of_parts)]
 
@@ -35,7 +36,9 @@ class LessonRequest(_Request):
 
     prompt: NonEmpty = Field(description="What the user says.")
     history: list[tuple[Unicode, Unicode]] | None = Field(None, description="[[query, response], ...]")
-    max_length: int | None = Field(None, ge=0, description=f"Prompt and reply, in tokens; default {DEFAULT_MAX_LENGTH}.")
+    max_length: int | None = Field(
+        None, ge=0, description=f"Prompt and reply, in tokens; default {DEFAULT_MAX_LENGTH}."
+    )
     top_p: float | None = Field(None, ge=0, le=1, description=f"Default {DEFAULT_TOP_P}.")
     temperature: float | None = Field(None, ge=0, le=10, description=f"Default {DEFAULT_TEMPERATURE}.")
     session_meta: SessionMeta | None = Field(None, description="The persona.", examples=[EXAMPLE_META])
@@ -97,7 +100,7 @@ class ChatRequest(_Request):
     top_k: int | None = Field(None, ge=-1, description="0 or -1 means all.")
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, lt=2**63, description="A negative one counts as none.")
-    stop: Annotated[list[NonEmpty], Field(max_length=16)] | NonEmpty | None = None
+    stop: Annotated[list[StopText], Field(max_length=16)] | StopText | None = None
     n: Literal[1] | None = 1
     chat_template_kwargs: TemplateArguments | None = None
 

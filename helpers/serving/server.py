@@ -1,0 +1,174 @@
+"""Running the API: in this process (`serve`), or in a process of its own for as long as a notebook needs it (`Server`)."""
+
+import ipaddress
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import uvicorn
+from pythonjsonlogger.json import JsonFormatter
+
+from ..errors import HelpersError
+from .app import create_app
+
+DEFAULT_PORT = 6006  # the port that AutoDL can open to the outside
+API_KEY_VARIABLE = "CHARACTERGLM_API_KEY"
+
+
+def serve(
+    model="auto",
+    *,
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    api_key: str | None = None,
+    insecure: bool = False,
+    grace_seconds: int = 30,
+    until_stdin_closes: bool = False,
+    **app_options,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; replies being written may then take `grace_seconds` to end.
+
+    Args:
+        model, app_options: for `create_app`.
+        host: other machines can reach only a server that is not bound to 127.0.0.1; that needs an `api_key`, or
+            `insecure`.
+        until_stdin_closes: also end when standard input does, that is, when the process that started this one is gone.
+
+    Raises:
+        HelpersError: the host needs a key, the port is taken, or the model cannot be loaded.
+    """
+    api_key = api_key or None  # an empty one would let everybody in
+    require_key(host, api_key, insecure)
+    require_free(host, port)
+    _log_as_json()
+    failed = threading.Event()
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = create_app(model, api_key=api_key, on_failure=lambda: (failed.set(), stop()), **app_options)
+    config = uvicorn.Config(app, host, port, access_log=False, log_config=None, timeout_graceful_shutdown=grace_seconds)
+    server = uvicorn.Server(config)
+    if until_stdin_closes:
+        threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
+    server.run()
+    if failed.is_set():
+        raise HelpersError(f"模型没有加载成功 [cannot load the model]：{app.state.service.failure}")
+
+
+def require_key(host: str, api_key: str | None, insecure: bool) -> None:
+    """Refuse to let other machines in without a key, unless the user insists."""
+    if api_key is None and not insecure and not _is_loopback(host):
+        raise HelpersError(
+            f"绑定 {host} 会让别的机器也能访问，需要 API key [api key required]：加 --api-key，或设环境变量 "
+            f"{API_KEY_VARIABLE}；确实要对所有人开放就加 --insecure"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise `HelpersError` if somebody listens on the port."""
+    if not port_is_free(host, port):
+        raise HelpersError(
+            f"端口 {port} 已被占用 [port in use]：换一个，例如 --port {free_port(port + 1)}，或先停掉占用它的程序"
+        )
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could bind to the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
+        try:
+            listener.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def free_port(preferred: int = DEFAULT_PORT) -> int:
+    """`preferred`, or the next port after it that is free on 127.0.0.1."""
+    return next(port for port in range(preferred, 65536) if port_is_free("127.0.0.1", port))
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", json_ensure_ascii=False))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for noisy in ("httpx", "uvicorn.error", "ContinuousBatchingLogger"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class Server:
+    """The API in a process of its own, for a notebook: `start`, use `url`, `stop`. It ends with this process at the latest.
+
+    Args:
+        model: "auto", "nano", "6b" or a directory.
+        port: the one to use, or the next free one after it.
+        api_key: handed over in the environment, not on the command line, where other users of the machine could see it.
+        log_file: where the server's log goes.
+        options: more command-line options, as in `python -m helpers serve --help`.
+    """
+
+    def __init__(self, model="auto", *, port: int = DEFAULT_PORT, api_key: str | None = None, log_file, options=()):
+        self.port = free_port(port)
+        if self.port != port:
+            print(f"端口 {port} 已被占用 [port in use]，改用 {self.port}")
+        self.url, self.log_file = f"http://127.0.0.1:{self.port}", log_file
+        self.environment = {**os.environ, API_KEY_VARIABLE: api_key or "", "PYTHONIOENCODING": "utf-8"}
+        self.command = [sys.executable, "-m", "helpers", "serve", "--model", str(model), "--port", str(self.port)]
+        self.command += ["--until-stdin-closes", *map(str, options)]
+        self.process: subprocess.Popen | None = None
+
+    def start(self, seconds: float = 300) -> "Server":
+        """Start the process and wait until the model is loaded.
+
+        Raises:
+            HelpersError: it ended, or was not ready in time; with the end of its log. The process is then stopped.
+        """
+        with open(self.log_file, "w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+            )
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if self.health() == "ready":
+                return self
+            time.sleep(0.2)
+        self.stop()
+        with open(self.log_file, encoding="utf-8", errors="replace") as log:
+            raise HelpersError(f"服务没有启动 [server did not start]：日志的最后几行是\n{log.read()[-2000:]}")
+
+    def health(self) -> str:
+        """ "ready", "loading", "dead", or "down" if nobody answers."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5, trust_env=False).json()["status"]
+        except (httpx.HTTPError, ValueError, KeyError):
+            return "down"
+
+    def stop(self) -> None:
+        """End the process; replies being written are finished first."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def __enter__(self) -> "Server":
+        return self.start()
+
+    def __exit__(self, *exception) -> None:
+        self.stop()

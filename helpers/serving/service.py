@@ -1,0 +1,123 @@
+"""The model behind the API: loading it, choosing an engine and a persona for a request, and starting the reply."""
+
+import asyncio
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..characters import CharacterCard, SessionMeta, load_characters
+from ..chat import fit_prompt
+from ..errors import EngineError, HelpersError
+from ..generation import GenerationParameters, model_defaults
+from ..loading import add_adapter, load, pick_model, resolve_model
+from .engine import Engine, Generation, shared_copy
+
+logger = logging.getLogger(__name__)
+
+
+class UnknownModelError(HelpersError, KeyError):
+    """A request names a model, adapter or character that is not here."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A reply that has begun: read it from `generation`."""
+
+    generation: Generation
+    prompt_tokens: int
+
+
+class Service:
+    """One model and its adapters, an engine each.
+
+    Args:
+        model: "auto", "nano", "6b" or a directory, as for `helpers.load`; or a pair (model, tokenizer) already loaded.
+        adapters: name to directory of LoRA adapters; a request chooses one by its name as `model`.
+        engine_options: for `Engine`.
+    """
+
+    def __init__(self, model="auto", adapters: dict[str, str | Path] | None = None, **engine_options):
+        self.source, self.adapters, self.engine_options = model, dict(adapters or {}), engine_options
+        self.name = "characterglm" if isinstance(model, tuple) else resolve_model(pick_model(model)[0]).name
+        self.characters = load_characters()
+        self.engines: dict[str, Engine] = {}
+        self.model = self.tokenizer = None
+        self.failure: Exception | None = None
+        self._tokenizer_lock = threading.Lock()  # its settings are not made for several threads
+
+    @property
+    def status(self) -> str:
+        """ "loading", "ready", or "dead" while an engine is down or if the model could not be loaded."""
+        if self.failure is not None:
+            return "dead"
+        if not self.engines:
+            return "loading"
+        return "ready" if all(engine.alive for engine in self.engines.values()) else "dead"
+
+    @property
+    def model_names(self) -> list[str]:
+        """What a request may name as `model`: the model, its adapters, and the characters that ship."""
+        return [self.name, *self.adapters, *(name for name in self.characters if name not in self.adapters)]
+
+    async def load(self) -> None:
+        """Load the model and start the engines; `failure` tells if that did not work."""
+        try:
+            engines = await asyncio.to_thread(self._load)
+            for engine in engines.values():
+                await engine.start()
+            self.engines = engines
+        except Exception as error:
+            self.failure = error
+            raise
+
+    async def close(self) -> None:
+        """Stop the engines."""
+        engines, self.engines = self.engines, {}
+        for engine in engines.values():
+            await engine.close()
+
+    def _load(self) -> dict[str, Engine]:
+        self.model, self.tokenizer = self.source if isinstance(self.source, tuple) else load(self.source)
+        engines = {self.name: Engine(self.model, **self.engine_options)}
+        for name, directory in self.adapters.items():
+            # An engine and a KV cache of its own: switching adapters inside one batch gives wrong tokens.
+            adapted = add_adapter(shared_copy(self.model), directory).get_base_model()
+            engines[name] = Engine(adapted, **self.engine_options)
+        return engines
+
+    def choose(self, name: str | None) -> tuple[Engine, CharacterCard | None]:
+        """The engine and the character that a request's `model` stands for.
+
+        Raises:
+            UnknownModelError: nothing has this name; EngineError: the model is still being loaded.
+        """
+        if name and name not in self.model_names:
+            raise UnknownModelError(f"没有叫 {name!r} 的模型 [model not found]，可选：{'、'.join(self.model_names)}")
+        if not self.engines:
+            raise EngineError("模型还在加载 [loading]：请过几秒再试")
+        return self.engines.get(name or self.name, self.engines[self.name]), self.characters.get(name or "")
+
+    async def start(self, engine: Engine, persona: SessionMeta, turns: list[list[dict]], generation: dict) -> Started:
+        """Begin a reply.
+
+        Args:
+            turns: chat messages, as for `fit_prompt`; the oldest are left out if they do not fit.
+            generation: over the model's own defaults.
+
+        Raises:
+            ChatError: senseless parameters or a prompt that is too long; OverloadError, EngineError: see `Engine`.
+        """
+        engine.admit()  # before any work is done
+        parameters = GenerationParameters.check({**model_defaults(self.model), **generation})
+        context = min(parameters.max_length or engine.context, engine.context)
+        input_ids, _, max_new_tokens = await asyncio.to_thread(self._fit, persona, turns, parameters, context)
+        parameters.max_new_tokens = max_new_tokens
+        return Started(engine.generate(input_ids, parameters), len(input_ids))
+
+    def _fit(self, *arguments):
+        with self._tokenizer_lock:
+            return fit_prompt(self.tokenizer, *arguments)
