@@ -17,12 +17,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from support.random_model import random_model
 
 import helpers
 from helpers.chat import encode_prompt
 from helpers.dialogues import load_dialogues
-from helpers.modeling import CharacterGLMConfig
 
 CHARACTER = "苏梦远"
 TURN_TOKENS = 28  # about what one more turn adds to the prompt
@@ -48,22 +47,6 @@ def main(
         f"Median of {repetitions}, CPU, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     console.print(table)
-
-
-def random_model(vocabulary: int):
-    """A model of CharacterGLM's architecture with about 50 million random weights."""
-    config = CharacterGLMConfig(
-        vocab_size=vocabulary,
-        hidden_size=640,
-        intermediate_size=1728,
-        num_hidden_layers=10,
-        num_attention_heads=10,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def measure(model, tokenizer, history_tokens: int, repetitions: int) -> tuple[float, float, int]:
