@@ -18,6 +18,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from ..errors import ChatError, EngineError, OverloadError
 from ..generation import STOP_IDS, GenerationParameters
+from . import attention
 from .sampling import Sampling, request_processors
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Engine:
     """One model that writes up to `slots` replies at the same time.
 
     Args:
-        model: a causal language model; several engines may share its weights (`shared_copy`).
+        model: a causal language model. The engine works on a copy that shares its weights, with attention of its own.
         slots: replies written at the same time.
         queue_size: requests that may wait for a slot; one more gets an `OverloadError`.
         context: longest prompt and reply together, in tokens.
@@ -40,7 +41,7 @@ class Engine:
     """
 
     def __init__(self, model, *, slots: int = 16, queue_size: int = 48, context: int = 4096, cache_tokens: int = 32768):
-        self.model, self.slots, self.queue_size = model, slots, queue_size
+        self.model, self.slots, self.queue_size = shared_copy(model), slots, queue_size
         self.context = min(context, model.config.max_position_embeddings, cache_tokens)
         self.cache_tokens = cache_tokens
         self.restarts = 0
@@ -124,9 +125,13 @@ class Engine:
             max_requests_per_batch=self.slots,
             use_async_batching=False,
             use_cuda_graph=False,
-            auto_switch_to_flash=is_flash_attn_2_available(),  # only if installed: never fetched from a hub
+            auto_switch_to_flash=False,
         )
+        flash = is_flash_attn_2_available()  # only if it is installed: never fetched from a hub
+        self.model.set_attn_implementation("flash_attention_2" if flash else "sdpa")
         manager = self.model.init_continuous_batching(generation_config, batching)
+        if not flash:  # the manager only accepts names that it knows
+            self.model.set_attn_implementation(attention.NAME)
         manager.logit_processor = request_processors(self.model.device)
         manager.start()
         self._manager = manager
@@ -210,6 +215,6 @@ class Generation:
 
 
 def shared_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """A second model object with the same weights in memory, for an adapter of its own."""
+    """A second model object with the same weights in memory, for an adapter or an attention of its own."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})

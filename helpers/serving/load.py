@@ -63,7 +63,7 @@ async def ask_all(url: str, prompts: Iterable[str], gap: float = 0, **options) -
         return answers, time.perf_counter() - start
 
 
-async def health_delays(url: str, until: asyncio.Task, pause: float = 0.02) -> list[float]:
+async def health_delays(url: str, until: asyncio.Task, pause: float = 0.1) -> list[float]:
     """How long `GET /health` takes, again and again until a task is done. Seconds."""
     delays = []
     async with _client(url) as client:

@@ -1,5 +1,6 @@
 """Running the API: in this process (`serve`), or in a process of its own for as long as a notebook needs it (`Server`)."""
 
+import atexit
 import ipaddress
 import logging
 import os
@@ -14,6 +15,7 @@ import uvicorn
 from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import HelpersError
+from ..receipt import PROJECT_DIR
 from .app import create_app
 
 DEFAULT_PORT = 6006  # the port that AutoDL can open to the outside
@@ -111,24 +113,33 @@ def _log_as_json() -> None:
 
 
 class Server:
-    """The API in a process of its own, for a notebook: `start`, use `url`, `stop`. It ends with this process at the latest.
+    """An API in a process of its own, for a notebook: `start`, use `url`, `stop`. It ends with this process at the latest.
 
     Args:
         model: "auto", "nano", "6b" or a directory.
         port: the one to use, or the next free one after it.
+        script: a server of your own, run as `python SCRIPT MODEL PORT`; it has to answer `GET /health` with
+            `{"status": "ready"}`. Without it, `python -m helpers serve`.
         api_key: handed over in the environment, not on the command line, where other users of the machine could see it.
         log_file: where the server's log goes.
         options: more command-line options, as in `python -m helpers serve --help`.
     """
 
-    def __init__(self, model="auto", *, port: int = DEFAULT_PORT, api_key: str | None = None, log_file, options=()):
+    def __init__(
+        self, model="auto", *, log_file, port: int = DEFAULT_PORT, script=None, api_key: str | None = None, options=()
+    ):
         self.port = free_port(port)
         if self.port != port:
             print(f"端口 {port} 已被占用 [port in use]，改用 {self.port}")
         self.url, self.log_file = f"http://127.0.0.1:{self.port}", log_file
-        self.environment = {**os.environ, API_KEY_VARIABLE: api_key or "", "PYTHONIOENCODING": "utf-8"}
-        self.command = [sys.executable, "-m", "helpers", "serve", "--model", str(model), "--port", str(self.port)]
-        self.command += ["--until-stdin-closes", *map(str, options)]
+        python_path = os.pathsep.join([str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")])
+        self.environment = {**os.environ, "PYTHONPATH": python_path, "PYTHONIOENCODING": "utf-8"}
+        self.environment[API_KEY_VARIABLE] = api_key or ""
+        if script is None:
+            arguments = ["-m", "helpers", "serve", "--model", model, "--port", self.port, "--until-stdin-closes"]
+        else:
+            arguments = [script, model, self.port]
+        self.command = [sys.executable, *map(str, [*arguments, *options])]
         self.process: subprocess.Popen | None = None
 
     def start(self, seconds: float = 300) -> "Server":
@@ -141,6 +152,7 @@ class Server:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
             )
+        atexit.register(self.stop)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             if self.health() == "ready":
