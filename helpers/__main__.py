@@ -124,6 +124,7 @@ def serve(
     context: Annotated[int, typer.Option(min=64, help="prompt 加回复最多多少 token [tokens]")] = 4096,
     cache_tokens: Annotated[int, typer.Option(min=64, help="KV cache 的大小，所有回复共用 [tokens]")] = 32768,
     grace_seconds: Annotated[int, typer.Option(min=0, help="停止时等正在写的回复多久 [seconds]")] = 30,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU 线程数，默认留一个核给网络 [CPU threads]")] = None,
     log_text: Annotated[bool, typer.Option(help="日志里也写对话内容 [log messages too]")] = False,
     until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
@@ -137,6 +138,7 @@ def serve(
         api_key=api_key,
         insecure=insecure,
         grace_seconds=grace_seconds,
+        threads=threads,
         until_stdin_closes=until_stdin_closes,
         adapters=dict(split_pairs(adapter, "--adapter NAME=DIR")),
         cors_origins=tuple(cors_origin or ()),

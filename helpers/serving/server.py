@@ -11,6 +11,7 @@ import threading
 import time
 
 import httpx
+import torch
 import uvicorn
 from pythonjsonlogger.json import JsonFormatter
 
@@ -30,6 +31,7 @@ def serve(
     api_key: str | None = None,
     insecure: bool = False,
     grace_seconds: int = 30,
+    threads: int | None = None,
     until_stdin_closes: bool = False,
     **app_options,
 ) -> None:
@@ -39,6 +41,7 @@ def serve(
         model, app_options: for `create_app`.
         host: other machines can reach only a server that is not bound to 127.0.0.1; that needs an `api_key`, or
             `insecure`.
+        threads: for torch on a CPU; by default one core is left for the network, or tokens would wait for each other.
         until_stdin_closes: also end when standard input does, that is, when the process that started this one is gone.
 
     Raises:
@@ -47,6 +50,7 @@ def serve(
     api_key = api_key or None  # an empty one would let everybody in
     require_key(host, api_key, insecure)
     require_free(host, port)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))
     _log_as_json()
     failed = threading.Event()
 
