@@ -18,6 +18,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from ..characters import field_problems
 from ..errors import EngineError, HelpersError, OverloadError
@@ -78,6 +79,8 @@ class EventStream(StreamingResponse):
         """Send the events, whatever happens close the exchange."""
         try:
             await super().__call__(scope, receive, send)
+        except (OSError, ClientDisconnect):
+            pass  # nobody reads any more; the server closes the connection
         finally:
             self.exchange.close()
 
@@ -98,7 +101,7 @@ async def _events(body: ChatRequest, exchange: Exchange, piece, answer: dict) ->
                 break
             piece = await anext(exchange.pieces)
     except HelpersError as error:
-        yield _event(_describe(error))
+        yield _event(_describe(error)[1])
         return
     yield chunk({}, piece.finish_reason)
     if body.stream_options and body.stream_options.include_usage:
@@ -174,9 +177,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI):
         loading = asyncio.create_task(_load(service, on_failure))
-        yield
-        await loading
-        await service.close()
+        try:
+            yield
+        finally:  # also after a second Ctrl-C: the engine's thread would keep the process alive
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await service.close()
 
     app = FastAPIOffline(title="CharacterGLM", version="1", lifespan=lifespan, redoc_url=None)
     app.state.service, app.state.metrics, app.state.log_text = service, Metrics(), log_text
@@ -202,7 +208,7 @@ async def _load(service: Service, on_failure: Callable[[], None]) -> None:
 def _key_check(api_key: str | None):
     bearer = HTTPBearer(auto_error=False, description="The key the server was started with, if it was.")
 
-    def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+    async def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
         if api_key is None or request.url.path == "/health":
             return
         # In constant time: how long it takes says nothing about how much of the key was right.
@@ -220,28 +226,28 @@ def _without_422(schema: dict) -> dict:
     return schema
 
 
-def _describe(error: Exception) -> dict:
-    """The body for an error of ours."""
+def _describe(error: HelpersError) -> tuple[int, dict]:
+    """Status and body for an error of ours."""
     if isinstance(error, OverloadError):
-        return error_body(str(error), "rate_limit_error", "server_busy")
+        return 429, error_body(str(error), "rate_limit_error", "server_busy")
     if isinstance(error, EngineError):
-        return error_body(str(error), "server_error", "engine_down")
+        return 503, error_body(str(error), "server_error", "engine_down")
     if isinstance(error, UnknownModelError):
-        return error_body(str(error), "invalid_request_error", "model_not_found")
-    return error_body(str(error), "invalid_request_error")
+        return 404, error_body(str(error), "invalid_request_error", "model_not_found")
+    return 400, error_body(str(error), "invalid_request_error")
 
 
 def _refused(request: Request, status: int, body: dict, headers: dict | None = None) -> JSONResponse:
-    """An error, counted and logged."""
-    request.app.state.metrics.requests.labels(str(status)).inc()
+    """An error, counted and logged. A reply that had begun has been counted by its exchange."""
+    if not hasattr(request.state, "exchange"):
+        request.app.state.metrics.requests.labels(str(status)).inc()
     logger.info("refused", extra={"path": request.url.path, "status": status, "error": body["error"]["code"]})
     return JSONResponse(body, status, headers=headers)
 
 
 async def _on_helpers_error(request: Request, error: HelpersError) -> JSONResponse:
-    statuses = {OverloadError: 429, EngineError: 503, UnknownModelError: 404}
-    status = statuses.get(type(error), 400)
-    return _refused(request, status, _describe(error), {"Retry-After": "1"} if status in (429, 503) else None)
+    status, body = _describe(error)
+    return _refused(request, status, body, {"Retry-After": "1"} if status in (429, 503) else None)
 
 
 async def _on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -14,6 +14,7 @@ import uuid
 import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.utils import drain_queue
 from transformers.utils import is_flash_attn_2_available
 
 from ..errors import ChatError, EngineError, OverloadError
@@ -46,6 +47,7 @@ class Engine:
         self.cache_tokens = cache_tokens
         self.restarts = 0
         self._running: set[Generation] = set()
+        self._preparing = 0
         self._watcher: asyncio.Task | None = None
         self._manager = None
 
@@ -57,8 +59,8 @@ class Engine:
 
     @property
     def in_flight(self) -> int:
-        """Requests being written or waiting."""
-        return len(self._running)
+        """Requests being written, waiting, or prepared."""
+        return len(self._running) + self._preparing
 
     @property
     def waiting(self) -> int:
@@ -66,7 +68,11 @@ class Engine:
         return max(0, self.in_flight - self.slots)
 
     async def start(self) -> None:
-        """Start, and keep watch from now on. Call in the event loop that serves the requests."""
+        """Start, and keep watch from now on. Call in the event loop that serves the requests.
+
+        Raises:
+            Exception: as torch raises it, if there is no memory for the KV cache.
+        """
         await asyncio.to_thread(self._launch)
         self._watcher = asyncio.create_task(self._watch())
 
@@ -92,13 +98,27 @@ class Engine:
             OverloadError: all slots and the queue are full; EngineError: not running at the moment.
         """
         room = self._checked_room(input_ids)
-        self.admit()
+        self._admit()
         generation = Generation(self._manager, self._running)
-        generation.start(input_ids, min(parameters.max_new_tokens, room), Sampling(parameters, self.model.device))
+        sampling = Sampling(parameters, self.model.config.vocab_size, self.model.device)
+        generation.start(input_ids, min(parameters.max_new_tokens, room), sampling)
         return generation
 
-    def admit(self) -> None:
-        """Raise an `EngineError` if the engine is down, an `OverloadError` if it takes no more requests."""
+    @contextlib.contextmanager
+    def admitted(self):
+        """A place among the requests, held while a prompt is prepared; give it back, then `generate` at once.
+
+        Raises:
+            OverloadError, EngineError: as `generate`, before any work is done.
+        """
+        self._admit()
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
+
+    def _admit(self) -> None:
         if not self.alive:
             raise EngineError("推理引擎没有在运行 [engine is down]：正在重启，请过几秒再试")
         if self.in_flight >= self.slots + self.queue_size:
@@ -133,12 +153,14 @@ class Engine:
         if not flash:  # the manager only accepts names that it knows
             self.model.set_attn_implementation(attention.NAME)
         manager.logit_processor = request_processors(self.model.device)
+        manager.warmup()  # makes the KV cache here and now, where an error can be seen
         manager.start()
         self._manager = manager
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            drain_queue(self._manager.output_router.output_queue)  # tokens that came after a request was cancelled
             if self.alive:
                 continue
             error = self._manager.background_thread_status.fatal_error
@@ -146,6 +168,7 @@ class Engine:
             self._fail_all("推理引擎出错了 [engine died]：正在重启，请过几秒再试")
             await asyncio.sleep(RESTART_SECONDS)
             try:
+                await asyncio.to_thread(self._manager.stop)  # gives the memory of its KV cache back
                 await asyncio.to_thread(self._launch)
                 self.restarts += 1
             except Exception:
@@ -166,7 +189,8 @@ class Generation:
         self._manager, self._running = manager, running
         self._id = uuid.uuid4().hex  # never a client's: a duplicate stops the engine
         self._outputs: asyncio.Queue = asyncio.Queue()
-        self.token_ids: list[int] = []
+        self._received = 0
+        self.token_ids: list[int] = []  # what has been read
 
     def start(self, input_ids: list[int], max_new_tokens: int, sampling: Sampling) -> None:
         """Hand the request to the engine."""
@@ -190,22 +214,22 @@ class Generation:
         self._leave()
 
     async def __aiter__(self):
-        finished = False
-        while not finished:
-            output = await self._outputs.get()
+        while (output := await self._outputs.get()) is not None:
             if isinstance(output, EngineError):
                 raise output
-            if output.error:
-                raise EngineError(f"推理引擎出错了 [engine error]：{output.error}")
-            new_ids = output.generated_tokens[len(self.token_ids) :]
-            self.token_ids += new_ids
-            finished = output.is_finished()
-            yield new_ids
+            self.token_ids += output
+            yield output
 
     def _receive(self, output) -> None:
         """Called in the event loop for every token."""
-        self._outputs.put_nowait(output)
+        if output.error:
+            self.fail("推理引擎出错了 [engine error]：请过几秒再试")
+            return
+        # Only what is new is kept for a reader who may be slow: every output holds the whole reply.
+        self._outputs.put_nowait(output.generated_tokens[self._received :])
+        self._received = len(output.generated_tokens)
         if output.is_finished():
+            self._outputs.put_nowait(None)
             self._leave()
 
     def _leave(self) -> None:

@@ -15,17 +15,24 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from ..generation import GenerationParameters
 
+SMALLEST_DIVISOR = 1e-4  # a score divided by less could become infinite; a temperature this low is greedy already
+
 
 class Sampling:
     """The parameters of one request, and what has to be remembered from token to token.
 
     Args:
         parameters: do_sample, temperature, top_k, top_p, repetition_penalty and seed are used.
+        vocabulary: how many tokens the model scores.
         device: where the model computes.
     """
 
-    def __init__(self, parameters: GenerationParameters, device: torch.device):
-        self.parameters = parameters
+    def __init__(self, parameters: GenerationParameters, vocabulary: int, device: torch.device):
+        self.do_sample, self.top_p = parameters.do_sample, parameters.top_p
+        # Values that no tensor can hold would stop the engine for everyone.
+        self.top_k = min(parameters.top_k or vocabulary, vocabulary)
+        self.temperature = max(parameters.temperature, SMALLEST_DIVISOR)
+        self.repetition_penalty = max(parameters.repetition_penalty, SMALLEST_DIVISOR)
         self.generator: torch.Generator | None = None
         if parameters.seed is not None:
             self.generator = torch.Generator(device).manual_seed(parameters.seed)
@@ -40,7 +47,8 @@ class Sampling:
         if self.seen is None:
             self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
             self.seen[state.initial_tokens] = True
-        self.seen[state.generated_tokens[-1:]] = True
+        # A request that was started again has its reply so far at the end of the prompt.
+        self.seen[(state.generated_tokens or state.initial_tokens)[-1]] = True
         return self.seen
 
 
@@ -82,7 +90,7 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
     def _choose(self, rows: torch.Tensor, samplings: list[Sampling]) -> torch.Tensor:
         """A token id for each row, [rows, 1]."""
         greedy = rows.argmax(dim=-1, keepdim=True)
-        if not any(sampling.parameters.do_sample for sampling in samplings):
+        if not any(sampling.do_sample for sampling in samplings):
             return greedy
         temperature, top_p = (_column(samplings, name, rows) for name in ("temperature", "top_p"))
         top_k = _column(samplings, "top_k", rows).long()
@@ -98,7 +106,7 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
 
 def _column(samplings: list[Sampling], name: str, like: torch.Tensor) -> torch.Tensor:
     """One parameter of every request, [rows, 1]."""
-    return like.new_tensor([[float(getattr(sampling.parameters, name))] for sampling in samplings])
+    return like.new_tensor([[float(getattr(sampling, name))] for sampling in samplings])
 
 
 def penalise_repetition(scores: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
@@ -116,18 +124,19 @@ def likely_tokens(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
     Sorting only the largest top_k of a batch instead of the vocabulary is what makes this fast.
 
     Args:
-        scores: [rows, vocabulary]; top_k: [rows, 1], 0 means all; top_p: [rows, 1].
+        scores: [rows, vocabulary]; top_k: [rows, 1], from 1 to the size of the vocabulary; top_p: [rows, 1].
 
     Returns:
-        Two tensors [rows, largest top_k]; the rows of the first need not add up to 1.
+        Two tensors [rows, largest top_k]; the rows of the first need not add up to 1. The likeliest token always stays,
+        even where the model's scores are not numbers: drawing from nothing would stop the engine for everyone.
     """
-    vocabulary = scores.shape[1]
-    top_k = torch.where(top_k == 0, vocabulary, top_k).clamp(max=vocabulary)
     best, ids = scores.topk(int(top_k.max()))
     best = best.masked_fill(torch.arange(best.shape[1], device=scores.device) >= top_k, -torch.inf)
     probabilities = best.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier tokens; 0 for the best, which always stays
-    return probabilities.masked_fill((before >= top_p) & (top_p < 1), 0.0), ids
+    before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier tokens
+    kept = probabilities.masked_fill((before >= top_p) & (top_p < 1), 0.0).nan_to_num(0.0)
+    kept[:, 0] = probabilities[:, 0].nan_to_num(1.0)
+    return kept, ids
 
 
 def request_processors(device: torch.device) -> ContinuousBatchingLogitsProcessorList:

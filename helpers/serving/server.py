@@ -1,6 +1,7 @@
 """Running the API: in this process (`serve`), or in a process of its own for as long as a notebook needs it (`Server`)."""
 
 import atexit
+import errno
 import ipaddress
 import logging
 import os
@@ -18,6 +19,7 @@ from pythonjsonlogger.json import JsonFormatter
 from ..errors import HelpersError
 from ..receipt import PROJECT_DIR
 from .app import create_app
+from .limits import SEND_SECONDS
 
 DEFAULT_PORT = 6006  # the port that AutoDL can open to the outside
 API_KEY_VARIABLE = "CHARACTERGLM_API_KEY"
@@ -49,7 +51,7 @@ def serve(
     """
     api_key = api_key or None  # an empty one would let everybody in
     require_key(host, api_key, insecure)
-    require_free(host, port)
+    listener = listen(host, port)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))
     _log_as_json()
     failed = threading.Event()
@@ -58,17 +60,19 @@ def serve(
         server.should_exit = True
 
     app = create_app(model, api_key=api_key, on_failure=lambda: (failed.set(), stop()), **app_options)
-    config = uvicorn.Config(app, host, port, access_log=False, log_config=None, timeout_graceful_shutdown=grace_seconds)
+    config = uvicorn.Config(app, access_log=False, log_config=None, timeout_graceful_shutdown=grace_seconds)
     server = uvicorn.Server(config)
     if until_stdin_closes:
         threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
-    server.run()
+    server.run(sockets=[listener])
     if failed.is_set():
         raise HelpersError(f"模型没有加载成功 [cannot load the model]：{app.state.service.failure}")
 
 
 def require_key(host: str, api_key: str | None, insecure: bool) -> None:
-    """Refuse to let other machines in without a key, unless the user insists."""
+    """Refuse to let other machines in without a key, unless the user insists; and a key that nobody could send."""
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+        raise HelpersError("API key 只能用可打印的 ASCII 字符，首尾不能有空格 [invalid api key]：HTTP 头里放不下别的")
     if api_key is None and not insecure and not _is_loopback(host):
         raise HelpersError(
             f"绑定 {host} 会让别的机器也能访问，需要 API key [api key required]：加 --api-key，或设环境变量 "
@@ -83,18 +87,34 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def require_free(host: str, port: int) -> None:
-    """Raise `HelpersError` if somebody listens on the port."""
-    if not port_is_free(host, port):
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on the address.
+
+    Raises:
+        HelpersError: somebody else listens there, or this machine has no such address.
+    """
+    try:
+        listener = socket.create_server((host, port), family=_family(host), backlog=2048)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise HelpersError(f"不能绑定 {host}:{port} [cannot bind]：{error.strerror or error}") from None
         raise HelpersError(
-            f"端口 {port} 已被占用 [port in use]：换一个，例如 --port {free_port(port + 1)}，或先停掉占用它的程序"
-        )
+            f"端口 {port} 已被占用 [port in use]：换一个，例如 --port {free_port()}，或先停掉占用它的程序"
+        ) from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Linux resets the connection of a client that reads nothing for so long. Closing it would not be enough: what
+        # is left to send would keep it open.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
+    return listener
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def port_is_free(host: str, port: int) -> bool:
     """Whether a server could bind to the port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listener:
+    with socket.socket(_family(host)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
         try:
             listener.bind((host, port))
@@ -136,7 +156,7 @@ class Server:
         if self.port != port:
             print(f"端口 {port} 已被占用 [port in use]，改用 {self.port}")
         self.url, self.log_file = f"http://127.0.0.1:{self.port}", log_file
-        python_path = os.pathsep.join([str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")])
+        python_path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH")]))
         self.environment = {**os.environ, "PYTHONPATH": python_path, "PYTHONIOENCODING": "utf-8"}
         self.environment[API_KEY_VARIABLE] = api_key or ""
         if script is None:
@@ -158,10 +178,14 @@ class Server:
             )
         atexit.register(self.stop)
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.poll() is None:
-            if self.health() == "ready":
-                return self
-            time.sleep(0.2)
+        try:
+            while time.monotonic() < deadline and self.process.poll() is None:
+                if self.health() == "ready":
+                    return self
+                time.sleep(0.2)
+        except KeyboardInterrupt:  # the cell was interrupted
+            self.stop()
+            raise
         self.stop()
         with open(self.log_file, encoding="utf-8", errors="replace") as log:
             raise HelpersError(f"服务没有启动 [server did not start]：日志的最后几行是\n{log.read()[-2000:]}")
@@ -182,6 +206,8 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        if self.process is not None:
+            self.process.stdin.close()
 
     def __enter__(self) -> "Server":
         return self.start()

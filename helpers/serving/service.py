@@ -65,6 +65,7 @@ class Service:
 
     async def load(self) -> None:
         """Load the model and start the engines; `failure` tells if that did not work."""
+        engines: dict[str, Engine] = {}
         try:
             engines = await asyncio.to_thread(self._load)
             for engine in engines.values():
@@ -72,6 +73,8 @@ class Service:
             self.engines = engines
         except Exception as error:
             self.failure = error
+            for engine in engines.values():
+                await engine.close()
             raise
 
     async def close(self) -> None:
@@ -111,10 +114,12 @@ class Service:
         Raises:
             ChatError: senseless parameters or a prompt that is too long; OverloadError, EngineError: see `Engine`.
         """
-        engine.admit()  # before any work is done
         parameters = GenerationParameters.check({**model_defaults(self.model), **generation})
         context = min(parameters.max_length or engine.context, engine.context)
-        input_ids, _, max_new_tokens = await asyncio.to_thread(self._fit, persona, turns, parameters, context)
+        # Every message is two tokens at least: more turns cannot fit, and rendering them would hold up others.
+        turns = turns[-max(1, context // 2) :]
+        with engine.admitted():
+            input_ids, _, max_new_tokens = await asyncio.to_thread(self._fit, persona, turns, parameters, context)
         parameters.max_new_tokens = max_new_tokens
         return Started(engine.generate(input_ids, parameters), len(input_ids))
 
