@@ -99,11 +99,17 @@ def doctor(model: Annotated[str, typer.Option(help="auto、nano、6b 或模型�
 @app.command()
 def download(
     local_dir: Annotated[str | None, typer.Option(help="放到哪里，默认数据盘或 ./models [target folder]")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="逐字节校验已有的文件，坏的重新下载 [check every byte]")
+    ] = False,
 ) -> None:
     """从 ModelScope 下载 CharacterGLM-6B，约 12.5 GB [download the 6B model]"""
     from .download import download_model
 
-    print(download_model(local_dir=local_dir))
+    try:
+        download_model(local_dir=local_dir, verify=verify)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None  # what a shell reports for Ctrl-C; the message is out already
 
 
 def main() -> None:

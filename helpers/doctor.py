@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from .checkpoint import verify_checkpoint
-from .download import DOWNLOAD_BYTES, default_model_dir, find_downloaded, free_bytes
+from .download import bytes_needed, default_model_dir, find_downloaded, free_bytes
 from .errors import CheckpointError
 from .loading import MIN_GPU_GIB, NANO_DIR, gpu_gib, pick_model
 
@@ -93,9 +93,9 @@ def _model_files(name: str) -> Check:
 
 
 def _disk_for_download() -> Check:
-    free = free_bytes(default_model_dir())
-    found = f"尚未下载；磁盘剩 {free / 1e9:.0f} GB"
-    return Check("模型文件", found, "" if free > DOWNLOAD_BYTES * 1.1 else "下载要 13.8 GB：清理数据盘或扩容")
+    free, needed = free_bytes(default_model_dir()), bytes_needed(default_model_dir())
+    found = f"尚未下载；磁盘剩 {free / 1e9:.1f} GB"
+    return Check("模型文件", found, "" if free >= needed else f"下载还要 {needed / 1e9:.1f} GB：清理数据盘或扩容")
 
 
 def memory() -> dict[str, float]:
