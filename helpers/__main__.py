@@ -1,6 +1,8 @@
 """The command line: `python -m helpers COMMAND`. Each command imports what it needs only when it runs."""
 
+import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,19 +83,58 @@ def refresh(notebooks: Numbers = None, output_dir: OutputDir = "outputs") -> Non
 
 
 @app.command()
-def doctor(model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto") -> None:
-    """检查这台机器能不能运行 [preflight]；有问题时退出码为 1"""
+def doctor(
+    model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="给程序读的输出 [for programs]")] = False,
+    explain: Annotated[
+        str | None, typer.Option(metavar="FILE", help="解释一段报错，- 表示标准输入 [explain a traceback]")
+    ] = None,
+) -> None:
+    """检查这台机器能不能运行 [preflight]，或解释一段报错；有问题、或不认识这段报错时退出码为 1"""
+    if explain is not None:
+        raise typer.Exit(_explain(explain, as_json))
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from .doctor import preflight
+    from .doctor import examine
 
-    checks = preflight(model)
-    table = Table("项目", "现状", "结论")
-    for check in checks:
-        table.add_row(check.name, check.found, check.advice or "OK")
-    Console().print(table)
+    checks = examine(model)
+    if as_json:
+        _print_json([{"name": c.name, "found": c.found, "ok": c.ok, "advice": c.advice} for c in checks])
+    else:
+        table = Table("项目", "现状", "结论")
+        for check in checks:
+            table.add_row(check.name, escape(check.found), escape(check.advice or "OK"))
+        Console().print(table)
     raise typer.Exit(int(not all(check.ok for check in checks)))
+
+
+def _explain(file: str, as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from .faults import explain
+
+    text = sys.stdin.read() if file == "-" else _read_text(file)
+    found = explain(text)
+    if as_json:
+        _print_json([asdict(error) for error in found])
+    elif found:
+        print("\n\n".join(map(str, found)))
+    else:
+        print("不认识这段报错 [unknown error]：请运行 python -m helpers doctor，看看环境哪里不对")
+    return int(not found)
+
+
+def _read_text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise HelpersError(f"读不了 {file} [cannot read]：{error.strerror}") from None
+
+
+def _print_json(content) -> None:
+    print(json.dumps(content, ensure_ascii=False, indent=2))
 
 
 @app.command()
