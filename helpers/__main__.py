@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from .errors import HelpersError
 
 app = typer.Typer(
-    help="CharacterGLM-6B：运行 notebook、下载与体检 [run, download, doctor]",
+    help="CharacterGLM-6B：运行 notebook、下载、体检与回执 [run, download, doctor, receipt]",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # would swallow the words in brackets
@@ -20,6 +20,7 @@ app = typer.Typer(
 
 Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
 OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
+Receipt = Annotated[str, typer.Argument(help="receipt_NN.json")]
 
 
 class PairCommand(TyperCommand):
@@ -151,6 +152,30 @@ def download(
         download_model(local_dir=local_dir, verify=verify)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None  # what a shell reports for Ctrl-C; the message is out already
+
+
+@app.command()
+def receipt(first: Receipt, second: Receipt) -> None:
+    """比较两份回执，说出哪里不同 [compare two receipts]；相同时退出码为 0，不同为 1，读不了为 2。秒数和内存只显示，不算不同"""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .receipt import SECTIONS, ReceiptError, compare_receipts, is_measurement
+
+    try:
+        differences = compare_receipts(first, second)
+    except ReceiptError as error:
+        print(f"错误 [error]：{error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if differences:
+        table = Table("部分", "名称", escape(first), escape(second))
+        for section, *texts in differences:
+            table.add_row(SECTIONS[section], *map(escape, texts))
+        Console().print(table)
+    count = sum(not is_measurement(section, name) for section, name, *_ in differences)
+    print(f"{count} 处不同 [{count} differences]，另有 {len(differences) - count} 个测量值不同")
+    raise typer.Exit(int(count > 0))
 
 
 def main() -> None:
