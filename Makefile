@@ -5,10 +5,10 @@ SETUP_FILES := requirements.txt requirements-dev.txt constraints.txt pyproject.t
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run notebooks refresh test lint lab kernel bench nano clean
+.PHONY: help setup run notebooks refresh test test-gpu lint lab kernel bench nano clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # An environment belongs to the folder it was made in: a copied or moved project makes its own.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
@@ -35,6 +35,9 @@ refresh: $(READY) ## run on nano and keep the outputs in notebooks/, ready for g
 test: $(READY) lint ## everything: linter, unit, notebook and browser tests
 	@bash scripts/get_browser.sh
 	$(VENV_PYTHON) -m pytest
+
+test-gpu: $(READY) ## on a CUDA GPU: the notebooks, and the figures of the 6B into benchmarks/results/
+	$(VENV_PYTHON) -m pytest tests/gpu -m gpu -s
 
 lint: $(READY) ## ruff
 	$(VENV_PYTHON) -m ruff check .

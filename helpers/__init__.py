@@ -20,6 +20,7 @@ from .display import prompt_xray
 from .doctor import memory, preflight
 from .download import download_model
 from .errors import HelpersError
+from .estimate import Estimate, estimate
 from .loading import LoadChoice, choose, load, pick_model, resolve_model
 from .receipt import write_receipt
 
@@ -32,12 +33,14 @@ __all__ = [
     "CharacterCard",
     "ChatSession",
     "ContextWarning",
+    "Estimate",
     "HelpersError",
     "LoadChoice",
     "SessionMeta",
     "chat",
     "choose",
     "download_model",
+    "estimate",
     "export_card_png",
     "export_card_v2",
     "get_character",

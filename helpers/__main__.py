@@ -1,6 +1,8 @@
 """The command line: `python -m helpers COMMAND`. Each command imports what it needs only when it runs."""
 
+import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +11,7 @@ from typer.core import TyperCommand
 from .errors import HelpersError
 
 app = typer.Typer(
-    help="CharacterGLM-6B：运行 notebook、下载与体检 [run, download, doctor]",
+    help="CharacterGLM-6B：运行 notebook、下载、体检与回执 [run, download, doctor, receipt]",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # would swallow the words in brackets
@@ -18,6 +20,7 @@ app = typer.Typer(
 
 Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
 OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
+Receipt = Annotated[str, typer.Argument(help="receipt_NN.json")]
 
 
 class PairCommand(TyperCommand):
@@ -81,29 +84,98 @@ def refresh(notebooks: Numbers = None, output_dir: OutputDir = "outputs") -> Non
 
 
 @app.command()
-def doctor(model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto") -> None:
-    """检查这台机器能不能运行 [preflight]；有问题时退出码为 1"""
+def doctor(
+    model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="给程序读的输出 [for programs]")] = False,
+    explain: Annotated[
+        str | None, typer.Option(metavar="FILE", help="解释一段报错，- 表示标准输入 [explain a traceback]")
+    ] = None,
+) -> None:
+    """检查这台机器能不能运行 [preflight]，或解释一段报错；有问题、或不认识这段报错时退出码为 1"""
+    if explain is not None:
+        raise typer.Exit(_explain(explain, as_json))
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from .doctor import preflight
+    from .doctor import examine
 
-    checks = preflight(model)
-    table = Table("项目", "现状", "结论")
-    for check in checks:
-        table.add_row(check.name, check.found, check.advice or "OK")
-    Console().print(table)
+    checks = examine(model)
+    if as_json:
+        _print_json([{"name": c.name, "found": c.found, "ok": c.ok, "advice": c.advice} for c in checks])
+    else:
+        table = Table("项目", "现状", "结论")
+        for check in checks:
+            table.add_row(check.name, escape(check.found), escape(check.advice or "OK"))
+        Console().print(table)
     raise typer.Exit(int(not all(check.ok for check in checks)))
+
+
+def _explain(file: str, as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from .faults import explain
+
+    text = sys.stdin.read() if file == "-" else _read_text(file)
+    found = explain(text)
+    if as_json:
+        _print_json([asdict(error) for error in found])
+    elif found:
+        print("\n\n".join(map(str, found)))
+    else:
+        print("不认识这段报错 [unknown error]：请运行 python -m helpers doctor，看看环境哪里不对")
+    return int(not found)
+
+
+def _read_text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise HelpersError(f"读不了 {file} [cannot read]：{error.strerror}") from None
+
+
+def _print_json(content) -> None:
+    print(json.dumps(content, ensure_ascii=False, indent=2))
 
 
 @app.command()
 def download(
     local_dir: Annotated[str | None, typer.Option(help="放到哪里，默认数据盘或 ./models [target folder]")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="逐字节校验已有的文件，坏的重新下载 [check every byte]")
+    ] = False,
 ) -> None:
     """从 ModelScope 下载 CharacterGLM-6B，约 12.5 GB [download the 6B model]"""
     from .download import download_model
 
-    print(download_model(local_dir=local_dir))
+    try:
+        download_model(local_dir=local_dir, verify=verify)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None  # what a shell reports for Ctrl-C; the message is out already
+
+
+@app.command()
+def receipt(first: Receipt, second: Receipt) -> None:
+    """比较两份回执，说出哪里不同 [compare two receipts]；相同时退出码为 0，不同为 1，读不了为 2。秒数和内存只显示，不算不同"""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .receipt import SECTIONS, ReceiptError, compare_receipts, is_measurement
+
+    try:
+        differences = compare_receipts(first, second)
+    except ReceiptError as error:
+        print(f"错误 [error]：{error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if differences:
+        table = Table("部分", "名称", escape(first), escape(second))
+        for section, *texts in differences:
+            table.add_row(SECTIONS[section], *map(escape, texts))
+        Console().print(table)
+    count = sum(not is_measurement(section, name) for section, name, *_ in differences)
+    print(f"{count} 处不同 [{count} differences]，另有 {len(differences) - count} 个测量值不同")
+    raise typer.Exit(int(count > 0))
 
 
 @app.command()

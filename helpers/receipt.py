@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ PROJECT_DIR = Path(__file__).resolve().parent.parent
 HASH_LIMIT_BYTES = 100_000_000
 RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "modelscope")
 PROJECT_PACKAGE = "characterglm-notebooks"
+# Parts of a receipt and what a comparison calls them.
+SECTIONS = {"notebook": "notebook", "versions": "版本", "device": "设备", "model": "模型"}
+SECTIONS |= {"parameters": "参数", "metrics": "结果"}
+ABSENT = "（没有）"
 
 
 class ReceiptError(HelpersError, ValueError):
@@ -168,3 +173,52 @@ def shorten_paths(text: str) -> str:
     if len(text) < 1000 and path.is_absolute() and Path(*path.parts[:2]).is_dir():
         return str(path.relative_to(PROJECT_DIR)) if path.is_relative_to(PROJECT_DIR) else path.name
     return text.replace(f"{PROJECT_DIR}/", "").replace(f"{Path.home()}/", "~/")
+
+
+def compare_receipts(first: str | Path, second: str | Path) -> list[tuple[str, str, str, str]]:
+    """What differs between two receipts: (section, name, in the first, in the second); the time of the run is left out.
+
+    Raises ReceiptError if one is not a receipt.
+    """
+    found = [_leaves(read_receipt(path)) for path in (first, second)]
+    keys = [key for key in found[0] | found[1] if found[0].get(key, ABSENT) != found[1].get(key, ABSENT)]
+    sections = list(SECTIONS)
+    rows = [(*key, *(str(leaves.get(key, ABSENT)) for leaves in found)) for key in keys]
+    return sorted(rows, key=lambda row: sections.index(row[0]))
+
+
+def read_receipt(path: str | Path) -> dict[str, Any]:
+    """The content of a receipt; ReceiptError if the file is missing or is none."""
+    try:
+        receipt = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReceiptError(f"读不了 {path} [cannot read]：{error.strerror}") from None
+    except ValueError:
+        receipt = None
+    if not isinstance(receipt, dict) or not receipt.keys() >= SECTIONS.keys():
+        raise ReceiptError(f"{path} 不是回执 [not a receipt]：请给 write_receipt 写的 receipt_NN.json")
+    return receipt
+
+
+def _leaves(receipt: dict[str, Any]) -> dict[tuple[str, str], Any]:
+    """(section, dotted name) -> value; the model's files by name, so that one more file is one difference."""
+    model = dict(receipt["model"] or {})
+    model |= {file.pop("name"): file for file in model.pop("files", [])}
+    return {
+        (section, name): value
+        for section in SECTIONS
+        for name, value in _flatten("", model if section == "model" else receipt[section])
+    }
+
+
+def _flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict | list):
+        yield name, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _flatten(f"{name}.{key}" if name else str(key), item)
+
+
+def is_measurement(section: str, name: str) -> bool:
+    """Whether a value differs from run to run even if nothing changed: seconds and memory in use."""
+    return section == "metrics" and any(word in name for word in ("second", "memory"))

@@ -64,9 +64,10 @@ def write_original_layout(model, directory: Path, dtype: torch.dtype = torch.flo
     for file, shard in zip(SHARDS, shards):
         torch.save(shard, directory / file)
     weight_map = {name: file for file, shard in zip(SHARDS, shards) for name in shard}
-    _write_json(directory / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
-    _write_json(directory / "config.json", original_config(model.config, dtype))
+    write_json(directory / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
+    write_json(directory / "config.json", original_config(model.config, dtype))
 
 
-def _write_json(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict) -> None:
+    """Write `content` in the layout of the original files."""
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

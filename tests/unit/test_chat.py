@@ -527,14 +527,6 @@ def test_error_between_two_layers_leaves_no_lopsided_cache(nano, card, session):
     assert session.send("再来") == helpers.chat(*nano, card, "再来", past, **GREEDY)[0]
 
 
-@pytest.fixture
-def interruptible():
-    """A process that a shell started in the background ignores SIGINT, unless told otherwise."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_keyboard_interrupt_keeps_what_there_is(nano, session, interruptible):
     main = threading.main_thread().ident
 

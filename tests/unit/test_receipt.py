@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from helpers import receipt
+from helpers.__main__ import app
 from helpers.receipt import PROJECT_DIR, ReceiptError, describe_files, shorten_paths, write_receipt
 
 
@@ -108,3 +110,69 @@ def test_paths_are_shortened(tmp_path: Path) -> None:
     assert shorten_paths("（微笑）你好/再见") == "（微笑）你好/再见"
     found = write(tmp_path, parameters={"OUTPUT_DIR": str(tmp_path)}, metrics={"file": tmp_path / "plot.png"})
     assert str(tmp_path) not in json.dumps(found)
+
+
+# --- comparing two
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Two receipts of the same run but for the time it took."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes(b"{}")
+    options: dict[str, Any] = {"model_dir": model, "parameters": {"SEED": 1, "LIST": [1, 2]}}
+    metrics = {"loss": 0.5, "seconds": 1.0, "memory_gib": {"now": 2.0}}
+    changed = metrics | {"seconds": 1.5, "memory_gib": {"now": 2.5}}
+    first = write_receipt(tmp_path / "a", "01", **options, metrics=metrics)
+    return first, write_receipt(tmp_path / "b", "01", **options, metrics=changed)
+
+
+def compare(*files: Path) -> Any:
+    return CliRunner().invoke(app, ["receipt", *map(str, files)])
+
+
+def edit(file: Path, change: Any) -> None:
+    """Apply `change` to the receipt in `file`."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_measurements_are_shown_but_are_no_difference(pair: tuple[Path, Path]) -> None:
+    done = compare(*pair)
+    assert done.exit_code == 0
+    assert "0 differences" in done.stdout and "另有 2 个测量值" in done.stdout
+    assert "memory_gib.now" in done.stdout
+    same = compare(pair[0], pair[0])
+    assert same.exit_code == 0 and "另有 0 个" in same.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        (lambda r: r["versions"].update(torch="2.6.0"), ("versions", "torch", torch.__version__, "2.6.0")),
+        (lambda r: r["device"].update(type="tpu"), ("device", "type", None, "tpu")),
+        (lambda r: r["model"]["files"][0].update(sha256="00"), ("model", "config.json.sha256", None, "00")),
+        (lambda r: r["model"]["files"].insert(0, {"name": "x", "bytes": 1}), ("model", "x.bytes", "（没有）", "1")),
+        (lambda r: r["parameters"].update(SEED=2), ("parameters", "SEED", "1", "2")),
+        (lambda r: r["parameters"]["LIST"].pop(), ("parameters", "LIST.1", "2", "（没有）")),
+        (lambda r: r["metrics"].update(loss=0.6), ("metrics", "loss", "0.5", "0.6")),
+        (lambda r: r.update(model=None), ("model", "name", "model", "（没有）")),
+    ],
+)
+def test_every_difference_is_named(pair: tuple[Path, Path], change: Any, row: tuple) -> None:
+    edit(pair[1], change)
+    rows = [r for r in receipt.compare_receipts(*pair) if not receipt.is_measurement(*r[:2])]
+    found = {r[:2]: r[2:] for r in rows}[row[:2]]
+    assert found == (row[2] or found[0], row[3])
+    assert rows == sorted(rows, key=lambda r: list(receipt.SECTIONS).index(r[0]))
+    assert compare(*pair).exit_code == 1
+
+
+@pytest.mark.parametrize("content", [None, "not json", "[1]", "{}"])
+def test_what_is_no_receipt_is_refused(pair: tuple[Path, Path], content: str | None) -> None:
+    pair[1].unlink() if content is None else pair[1].write_text(content)
+    done = compare(*pair)
+    assert done.exit_code == 2
+    assert pair[1].name in done.stderr
