@@ -1,0 +1,249 @@
+"""The notebook face of the demo: `ChatPanel`, a chat in the output of a cell, made of ipywidgets."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import ipywidgets as widgets
+
+from ..characters import CharacterCard, load_characters
+from ..chat import ChatSession, context_length
+from ..errors import BusyError, CharacterError, HelpersError
+from .bubbles import STYLE, bubbles
+from .files import exported_files, open_file
+from .view import PanelView
+
+REFRESH_SECONDS = 0.1  # a growing reply is drawn this often; each time costs a message to the browser
+DOUBLE_CLICK_SECONDS = 0.5
+
+
+class ChatPanel:
+    """A chat with every character, shown by the last line of a cell or by `display`.
+
+    Each character has a conversation of its own (`session` is the one shown), so changing the character, and opening a
+    file, loses none. Replies are written in a thread: the cell is done at once, and the kernel stays free. The panel
+    lives in the kernel, not in the page: show it again after a reload, or twice side by side.
+
+    The methods do what the buttons do, but raise where a button shows the error in the panel. With `block=True` a reply
+    is written before the method returns; until then the kernel hears no button.
+
+    Args:
+        characters: name to card; by default those of `data/characters.json`.
+        character: who is shown first; by default the first of them.
+        **generation: defaults for all conversations, see `GenerationParameters`.
+
+    Raises:
+        CharacterError: an unknown character; ChatError: a senseless parameter.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        characters: dict[str, CharacterCard] | None = None,
+        character: str | None = None,
+        **generation,
+    ):
+        cards = load_characters() if characters is None else characters
+        first = character or next(iter(cards), None)
+        if first not in cards:
+            raise CharacterError(f"没有叫 {first!r} 的角色 [unknown character]，可选：{'、'.join(cards)}")
+        self.sessions = {name: ChatSession(model, tokenizer, card, **generation) for name, card in cards.items()}
+        self.session = self.sessions[first]
+        self.view = PanelView(list(cards), first, context_length(model))
+        self._open_file = lambda content: open_file(model, tokenizer, content, **generation)
+        self._writing, self._thread = threading.Lock(), None
+        self._connect()
+        self.view.set_busy(False)
+        self.view.show_settings(self.session)
+        self.refresh()
+
+    def send(self, text: str | None = None, block: bool = False) -> None:
+        """Say `text`, by default what is in the input line. If an error comes of it, it is put back there."""
+        query = self.view.input.value if text is None else text
+        if text is None and not query.strip():
+            return  # the second click of two
+        self._write(self.session.stream(query), self.session.history, query, block)
+
+    def regenerate(self, block: bool = False) -> None:
+        """Write another reply to the last message; the old ones can be shown again with `swipe`."""
+        history, seed = self.session.history, self.session.generation.get("seed")
+        # The same seed would write the same reply.
+        other = {} if seed is None else {"seed": seed + len(self.session.alternatives)}
+        query = history[-1][0] if history else ""
+        self._write(self.session.stream_again(**other), history[:-1], query, block)
+
+    def stop(self) -> None:
+        """End the reply being written; what there is of it is kept."""
+        self.session.stop()
+
+    def swipe(self, step: int) -> None:
+        """Show the next (1) or the previous (-1) reply to the last message."""
+        self.session.swipe(step)
+        self.refresh()
+
+    def undo(self) -> None:
+        """Take the last exchange back. Its text returns to the input line, unless something is written there."""
+        query = self.session.undo()
+        self.view.input.value = self.view.input.value or query
+        self.refresh()
+
+    def edit(self, query: str | None = None, response: str | None = None) -> None:
+        """Change either side of the last exchange."""
+        self.session.edit(query, response)
+        self.view.editor.close()
+        self.refresh()
+
+    def clear(self) -> None:
+        """Begin this conversation anew."""
+        self.session.clear()
+        self.refresh()
+
+    def set_persona(self, card: CharacterCard) -> None:
+        """Go on under another persona. Before the first message its greeting is shown, too."""
+        self.session.set_persona(card)
+        if not any(query for query, _ in self.session.history):
+            self.session.clear()
+        self.view.show_settings(self.session)
+        self.refresh()
+
+    def open(self, content: bytes) -> None:
+        """Open an exported conversation or a card (JSON or PNG) beside the others, and show it."""
+        self._refuse_while_writing()
+        session = self._open_file(content)
+        name, number = session.session_meta.bot_name, 2
+        while name in self.sessions:
+            name, number = f"{session.session_meta.bot_name} ({number})", number + 1
+        self.sessions[name] = session
+        self.view.picker.options = list(self.sessions)
+        self.view.picker.value = name
+
+    def wait(self) -> None:
+        """Return when the reply being written has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def refresh(self) -> None:
+        """Draw the session as it is now; needed only after the session itself was used."""
+        self.view.show(self.session)
+
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        """The live panel and, for pages without a kernel, the conversation as text and HTML."""
+        static = "".join(bubbles(self.session.session_meta, self.session.history))
+        return {
+            **self.view.widget._repr_mimebundle_(**kwargs),
+            "text/plain": self.session.to_markdown(),
+            "text/html": f"{STYLE}<div>{static}</div>",
+        }
+
+    # --- from the widgets to the methods
+
+    def _connect(self) -> None:
+        view = self.view
+        for name in ("send", "stop"):
+            self._on_click(view.buttons[name], getattr(self, name))
+        for name in ("regenerate", "undo", "clear"):
+            self._on_click(view.buttons[name], getattr(self, name), once=True)
+        self._on_click(view.previous, lambda: self.swipe(-1))
+        self._on_click(view.next, lambda: self.swipe(1))
+        self._on_click(view.buttons["edit"], self._open_editor)
+        self._on_click(view.editor.save, lambda: self.edit(**view.editor.changes()))
+        self._on_click(view.persona.apply, self._apply_persona)
+        self._on_click(view.buttons["export"], self._export)
+        view.input.on_msg(self._entered)
+        view.picker.observe(self._picked, "value")
+        view.upload.observe(self._uploaded, "value")
+        view.parameters.on_change = lambda name, value: self.session.set_generation(**{name: value})
+
+    def _on_click(self, button: widgets.Button, action: Callable[[], None], once: bool = False) -> None:
+        """Let a button do something; `once` ignores the second click of a double click, which would undo twice."""
+        last_click = float("-inf")
+
+        def act(_):
+            nonlocal last_click
+            before, last_click = last_click, time.monotonic()
+            if not once or last_click - before > DOUBLE_CLICK_SECONDS:
+                self._attempt(action)
+
+        button.on_click(act)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Do something for the reader; an exception in a widget's callback would vanish, so it is shown."""
+        self.view.show_error("")
+        try:
+            action()
+        except Exception as error:
+            self.view.show_error(_message(error))
+
+    def _entered(self, _, content: dict, buffers) -> None:
+        if content.get("event") == "submit":  # the Enter key
+            self._attempt(self.send)
+
+    def _picked(self, change) -> None:
+        if self.sessions[change.new] is self.session:
+            return
+        if self._writing.locked():  # the browser had not yet heard that it must wait
+            self.view.picker.value = change.old
+            return
+        self.session = self.sessions[change.new]
+        self.view.show_error("")
+        self.view.editor.close()
+        self.view.show_settings(self.session)
+        self.refresh()
+
+    def _uploaded(self, change) -> None:
+        if change.new:
+            self._attempt(lambda: self.open(bytes(change.new[0]["content"])))
+            self.view.upload.value = ()  # so that the same file can be chosen again
+
+    def _open_editor(self) -> None:
+        self._refuse_while_writing()
+        if self.session.history:
+            self.view.editor.open(*self.session.history[-1])
+
+    def _apply_persona(self) -> None:
+        source = getattr(self.session.session_meta, "source", "original")
+        self.set_persona(self.view.persona.card(source))
+
+    def _export(self) -> None:
+        self._refuse_while_writing()
+        self.view.show_links(exported_files(self.session))
+
+    # --- writing a reply
+
+    def _write(self, texts: Iterator[str], past: list, query: str, block: bool) -> None:
+        """Draw a reply while it grows, in a thread of its own or, if `block`, in this one."""
+        self._refuse_while_writing()
+        self._writing.acquire()
+        self.view.input.value = ""
+        self.view.set_busy(True)
+        if block:
+            self._read(texts, past, query)
+            return
+        self._thread = threading.Thread(
+            target=self._attempt, args=(lambda: self._read(texts, past, query),), daemon=True
+        )
+        self._thread.start()
+
+    def _read(self, texts: Iterator[str], past: list, query: str) -> None:
+        drawn = float("-inf")
+        try:
+            for text in texts:
+                if time.monotonic() - drawn >= REFRESH_SECONDS:
+                    self.view.draw(self.session, [*past, [query, f"{text} ▌"]])
+                    drawn = time.monotonic()
+        except Exception:
+            self.view.input.value = self.view.input.value or query
+            raise
+        finally:
+            self._writing.release()
+            self.view.set_busy(False)
+            self.refresh()  # what the session made of it: the whole reply, or nothing after an error
+
+    def _refuse_while_writing(self) -> None:
+        if self._writing.locked():
+            raise BusyError("正在生成回复 [busy]：请等它结束，或按“停止”")
+
+
+def _message(error: Exception) -> str:
+    return str(error) if isinstance(error, HelpersError) else f"出错了 [error]：{type(error).__name__}: {error}"
