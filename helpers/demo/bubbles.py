@@ -35,7 +35,7 @@ def _bubble(side: str, name: str, text: str) -> str:
 def notice(text: str, kind: str = "small") -> str:
     """A line for the reader below the conversation; `kind` "error" makes it red."""
     role = "alert" if kind == "error" else "status"
-    return f'<div class="cg-{kind}" role="{role}">{html.escape(text)}</div>'
+    return f'<span class="cg-{kind}" role="{role}">{html.escape(text)}</span>'
 
 
 def download_link(name: str, content: bytes) -> str:

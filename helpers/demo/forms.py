@@ -41,7 +41,7 @@ class PersonaForm:
             for name, label in PERSONA_LABELS.items()
         }
         self.apply = button("应用人设", "check", "换上这个人设，对话保留 [apply persona]", "info")
-        self.widget = widgets.VBox([*self.fields.values(), self.apply])
+        self.widget = widgets.VBox([*self.fields.values(), row(self.apply)])
 
     def show(self, session_meta: SessionMeta) -> None:
         """Fill the form."""

@@ -15,6 +15,8 @@ from .view import PanelView
 
 REFRESH_SECONDS = 0.1  # a growing reply is drawn this often; each time costs a message to the browser
 DOUBLE_CLICK_SECONDS = 0.5
+ENTER_SECONDS = 0.1
+BUSY = "正在生成回复 [busy]：请等它结束，或按“停止”"
 
 
 class ChatPanel:
@@ -176,8 +178,8 @@ class ChatPanel:
             self.view.show_error(_message(error))
 
     def _entered(self, _, content: dict, buffers) -> None:
-        if content.get("event") == "submit":  # the Enter key
-            self._attempt(self.send)
+        if content.get("event") == "submit":  # the Enter key: the browser sends the text right after it
+            threading.Timer(ENTER_SECONDS, self._attempt, [self.send]).start()
 
     def _picked(self, change) -> None:
         if self.sessions[change.new] is self.session:
@@ -213,8 +215,8 @@ class ChatPanel:
 
     def _write(self, texts: Iterator[str], past: list, query: str, block: bool) -> None:
         """Draw a reply while it grows, in a thread of its own or, if `block`, in this one."""
-        self._refuse_while_writing()
-        self._writing.acquire()
+        if not self._writing.acquire(blocking=False):
+            raise BusyError(BUSY)
         self.view.input.value = ""
         self.view.set_busy(True)
         if block:
@@ -236,13 +238,13 @@ class ChatPanel:
             self.view.input.value = self.view.input.value or query
             raise
         finally:
-            self._writing.release()
             self.view.set_busy(False)
             self.refresh()  # what the session made of it: the whole reply, or nothing after an error
+            self._writing.release()
 
     def _refuse_while_writing(self) -> None:
         if self._writing.locked():
-            raise BusyError("正在生成回复 [busy]：请等它结束，或按“停止”")
+            raise BusyError(BUSY)
 
 
 def _message(error: Exception) -> str:

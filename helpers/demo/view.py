@@ -21,10 +21,13 @@ class PanelView:
         self.picker = widgets.Dropdown(
             options=names, value=picked, description="角色", layout=layout(max_width="300px")
         )
+        self.picker.style.description_width = "auto"
         self.log = widgets.VBox(layout=layout(height="380px", overflow="hidden auto", padding="6px"))
         self.log.layout.flex_flow = "column-reverse"  # keeps the newest message in view
         self.log.add_class("cg-log")
-        self.input = widgets.Text(placeholder="说点什么…（Enter 发送）", layout=layout(flex="1 1 200px", width="auto"))
+        # Not continuous: then the browser sends what is typed, whole, before it reports a click.
+        self.input = widgets.Text(placeholder="说点什么…（Enter 发送）", continuous_update=False)
+        self.input.layout = layout(flex="1 1 200px", width="auto")
         self.position = widgets.Label()
         self.previous, self.next = button("‹", "", "上一条回复 [previous]"), button("›", "", "下一条回复 [next]")
         self.buttons = {
@@ -41,6 +44,7 @@ class PanelView:
         self.persona, self.parameters, self.editor = PersonaForm(), ParameterSliders(context), EditForm()
         self.swipes = widgets.HBox([self.previous, self.position, self.next])
         self.widget = self._arranged()
+        self.show_error("")
 
     def _arranged(self) -> widgets.VBox:
         buttons = self.buttons
@@ -96,7 +100,8 @@ class PanelView:
 
     def show_error(self, text: str) -> None:
         """Show a problem below the conversation; an empty text takes it away."""
-        self.status.value = notice(text, "error") if text else ""
+        self.status.value = notice(text, "error")
+        self.status.layout.display = "" if text else "none"
 
     def set_busy(self, busy: bool) -> None:
         """While a reply is written it can only be stopped; text and parameters may be changed for the next one."""
