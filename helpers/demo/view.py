@@ -71,6 +71,11 @@ class PanelView:
         self.draw(session, session.history)
         self.position.value = f"{session.alternative + 1}/{len(session.alternatives)}"
         self.swipes.layout.display = "" if len(session.alternatives) > 1 else "none"
+        self.show_meter(session)
+        self.links.value = ""  # they were of the conversation as it was
+
+    def show_meter(self, session: ChatSession) -> None:
+        """Show how much of the context is taken, and how fast the last reply was."""
         used, limit = session.context_used()
         self.meter.value = (
             f'<progress value="{used}" max="{limit}"></progress> {notice(_meter_text(session, used, limit))}'
