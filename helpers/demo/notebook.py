@@ -155,7 +155,7 @@ class ChatPanel:
         view.input.on_msg(self._entered)
         view.picker.observe(self._picked, "value")
         view.upload.observe(self._uploaded, "value")
-        view.parameters.on_change = lambda name, value: self.session.set_generation(**{name: value})
+        view.parameters.on_change = self._parameter_moved
 
     def _on_click(self, button: widgets.Button, action: Callable[[], None], once: bool = False) -> None:
         """Let a button do something; `once` ignores the second click of a double click, which would undo twice."""
@@ -192,6 +192,10 @@ class ChatPanel:
         self.view.editor.close()
         self.view.show_settings(self.session)
         self.refresh()
+
+    def _parameter_moved(self, name: str, value: float) -> None:
+        self.session.set_generation(**{name: value})
+        self.view.show_meter(self.session)
 
     def _uploaded(self, change) -> None:
         if change.new:
@@ -238,8 +242,8 @@ class ChatPanel:
             self.view.input.value = self.view.input.value or query
             raise
         finally:
-            self.view.set_busy(False)
             self.refresh()  # what the session made of it: the whole reply, or nothing after an error
+            self.view.set_busy(False)
             self._writing.release()
 
     def _refuse_while_writing(self) -> None:

@@ -80,7 +80,6 @@ class PanelView:
         self.meter.value = (
             f'<progress value="{used}" max="{limit}"></progress> {notice(_meter_text(session, used, limit))}'
         )
-        self.links.value = ""  # they were of the conversation as it was
 
     def draw(self, session: ChatSession, history: list[list[str]]) -> None:
         """One widget a message: only those that change travel to the browser. The log lists them from the bottom up."""

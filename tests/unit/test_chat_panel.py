@@ -466,7 +466,6 @@ def test_sliders_show_and_set_the_parameters(panel):
     assert sliders["max_length"].value == sliders["max_length"].max == 2048
     sliders["top_p"].value, sliders["max_length"].value = 0.5, 512
     assert panel.session.generation == {**GREEDY, "top_p": 0.5, "max_length": 512}
-    panel.refresh()
     assert "/ 512 token" in panel.view.meter.value
 
 
