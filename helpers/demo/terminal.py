@@ -122,7 +122,8 @@ class TerminalChat:
                 going_on = False
             except KeyboardInterrupt:
                 going_on, interrupted = not interrupted, True
-                self._print("\n再按一次 Ctrl-C 离开，或输入 /exit [press again to leave]", style="dim")
+                self.console.line()
+                self._print("再按一次 Ctrl-C 离开，或输入 /exit [press again to leave]", style="dim")
             if not going_on:
                 return
 
