@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 from .errors import HelpersError
 
 app = typer.Typer(
-    help="CharacterGLM-6B：运行 notebook、下载与体检 [run, download, doctor]",
+    help="CharacterGLM-6B：运行 notebook、聊天、下载与体检 [run, chat, download, doctor]",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # would swallow the words in brackets
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 
 Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
+ModelName = Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")]
+Adapter = Annotated[str | None, typer.Option(help="LoRA adapter 的目录 [folder of a LoRA adapter]")]
 OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
 
 
@@ -53,7 +55,7 @@ def split_pairs(pairs: list[str] | None) -> list[tuple[str, str]]:
 @app.command(cls=PairCommand)
 def run(
     notebooks: Numbers = None,
-    model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto",
+    model: ModelName = "auto",
     parameter: Annotated[
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="NAME VALUE", help="notebook 参数，可重复 [repeatable]"),
@@ -81,7 +83,7 @@ def refresh(notebooks: Numbers = None, output_dir: OutputDir = "outputs") -> Non
 
 
 @app.command()
-def doctor(model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto") -> None:
+def doctor(model: ModelName = "auto") -> None:
     """检查这台机器能不能运行 [preflight]；有问题时退出码为 1"""
     from rich.console import Console
     from rich.table import Table
@@ -104,6 +106,37 @@ def download(
     from .download import download_model
 
     print(download_model(local_dir=local_dir))
+
+
+@app.command()
+def chat(
+    model: ModelName = "auto",
+    character: Annotated[str, typer.Option(help="和谁聊 [character]")] = "苏梦远",
+    adapter: Adapter = None,
+    load: Annotated[str | None, typer.Option(metavar="FILE", help="打开导出的对话或角色卡 [open a file]")] = None,
+    once: Annotated[str | None, typer.Option(metavar="TEXT", help="只答这一句，打印后退出 [answer once]")] = None,
+    seed: Annotated[int | None, typer.Option(help="让采样可以重复 [repeatable sampling]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="越大越随意 [flatter above 1]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="只在最可能的部分里采样 [nucleus]")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="大于 1 减少重复 [above 1: less]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="回复最多几个 token [longest reply]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="prompt 加回复最多几个 token [both together]")] = None,
+    do_sample: Annotated[bool | None, typer.Option(help="--no-do-sample：总取最可能的词 [greedy]")] = None,
+) -> None:
+    """在终端里聊天；输入来自管道时一行一句 [chat; in a pipe, one message a line]"""
+    from .demo.terminal import start
+
+    given = {
+        "seed": seed,
+        "temperature": temperature,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+        "max_length": max_length,
+        "do_sample": do_sample,
+    }
+    generation = {name: value for name, value in given.items() if value is not None}
+    start(model, character, adapter=adapter, file=load, once=once, **generation)
 
 
 def main() -> None:

@@ -211,7 +211,12 @@ class ChatSession:
         return _last(self.stream_again(**generation))
 
     def stream_again(self, **generation) -> Iterator[str]:
-        """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised."""
+        """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised.
+
+        A seed of the session is raised by the number of alternatives: the same one would write the same reply.
+        """
+        if (seed := self.generation.get("seed")) is not None:
+            generation = {"seed": seed + len(self.alternatives), **generation}
         return self._stream(generation, again=True)
 
     @property

@@ -69,11 +69,9 @@ class ChatPanel:
 
     def regenerate(self, block: bool = False) -> None:
         """Write another reply to the last message; the old ones can be shown again with `swipe`."""
-        history, seed = self.session.history, self.session.generation.get("seed")
-        # The same seed would write the same reply.
-        other = {} if seed is None else {"seed": seed + len(self.session.alternatives)}
+        history = self.session.history
         query = history[-1][0] if history else ""
-        self._write(self.session.stream_again(**other), history[:-1], query, block)
+        self._write(self.session.stream_again(), history[:-1], query, block)
 
     def stop(self) -> None:
         """End the reply being written; what there is of it is kept."""
