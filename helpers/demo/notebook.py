@@ -8,9 +8,10 @@ import ipywidgets as widgets
 
 from ..characters import CharacterCard, load_characters
 from ..chat import ChatSession, context_length
-from ..errors import BusyError, CharacterError, HelpersError
+from ..errors import BusyError, CharacterError
 from .bubbles import STYLE, bubbles
 from .files import exported_files, open_file
+from .status import error_text
 from .view import PanelView
 
 REFRESH_SECONDS = 0.1  # a growing reply is drawn this often; each time costs a message to the browser
@@ -173,7 +174,7 @@ class ChatPanel:
         try:
             action()
         except Exception as error:
-            self.view.show_error(_message(error))
+            self.view.show_error(error_text(error))
 
     def _entered(self, _, content: dict, buffers) -> None:
         if content.get("event") == "submit":  # the Enter key: the browser sends the text right after it
@@ -247,7 +248,3 @@ class ChatPanel:
     def _refuse_while_writing(self) -> None:
         if self._writing.locked():
             raise BusyError(BUSY)
-
-
-def _message(error: Exception) -> str:
-    return str(error) if isinstance(error, HelpersError) else f"出错了 [error]：{type(error).__name__}: {error}"
