@@ -300,6 +300,11 @@ class ChatSession:
             self.history = [["", greeting]] if greeting else []
             self.statistics, self.dropped_turns, self._others = {}, 0, ([], [])
 
+    def free_cache(self) -> None:
+        """Give the memory of the KV cache back; the next reply computes its whole prompt again."""
+        with self._not_busy():
+            self._cache.clear()
+
     def export(self) -> dict:
         """The conversation as a JSON-serialisable dict, to be opened again with `ChatSession.restore`."""
         return {

@@ -12,12 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ..characters import MAX_FILE_BYTES, as_session_meta, get_character, load_characters
+from ..characters import MAX_FILE_BYTES, as_session_meta, get_character
 from ..chat import ChatSession, ContextWarning
 from ..errors import ChatError
 from ..generation import GenerationParameters
 from ..loading import load
-from .files import exported_file, open_file
+from .conversations import Conversations, change_persona
+from .files import exported_file
 from .status import error_text, meter_text
 
 HELP = """\
@@ -61,16 +62,17 @@ def start(model="auto", character="苏梦远", *, adapter=None, file=None, once=
     sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal's encoding lacks
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused by the session, by name
     GenerationParameters.check(generation)  # before a model is loaded, which may take a minute
-    card = get_character(character)
-    loaded = load(model, adapter=adapter)
-    session = ChatSession(*loaded, card) if file is None else load_session(*loaded, Path(file))
-    session.set_generation(**generation)
+    get_character(character)
+    content = None if file is None else _read(Path(file))
+    conversations = Conversations(*load(model, adapter=adapter), name=character, **generation)
+    if content is not None:
+        conversations.open(content).set_generation(**generation)
     if once is not None:
-        print(plain(session.send(once)))
+        print(plain(conversations.session.send(once)))
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        TerminalChat(session).run()
+        TerminalChat(conversations).run()
     else:
-        answer_lines(session, sys.stdin)
+        answer_lines(conversations.session, sys.stdin)
 
 
 def answer_lines(session: ChatSession, lines: Iterable[str]) -> None:
@@ -81,32 +83,22 @@ def answer_lines(session: ChatSession, lines: Iterable[str]) -> None:
 
 
 class TerminalChat:
-    """A chat at the prompt. Every character has a conversation of its own, so changing the character loses none.
+    """A chat at the prompt.
 
-    The methods named after commands take what was typed after the command and raise `HelpersError` if it makes no
+    The methods named after commands take what was typed after the command, and raise `HelpersError` if it makes no
     sense; the conversation then stays as it was.
     """
 
-    def __init__(self, session: ChatSession, console: Console | None = None):
-        self.session = session
-        self.sessions = {session.session_meta.bot_name: session}
-        self.generation = session.generation  # for conversations that begin later
+    def __init__(self, conversations: Conversations, console: Console | None = None):
+        self.conversations = conversations
         self.console = console or Console(highlight=False)
-        names = (
-            "character",
-            "persona",
-            "set",
-            "regen",
-            "next",
-            "prev",
-            "undo",
-            "edit",
-            "clear",
-            "save",
-            "load",
-            "help",
-        )
-        self.commands = {f"/{name}": getattr(self, name) for name in names}
+        names = "character persona set regen next prev undo edit clear save load help"
+        self.commands = {f"/{name}": getattr(self, name) for name in names.split()}
+
+    @property
+    def session(self) -> ChatSession:
+        """The conversation shown."""
+        return self.conversations.session
 
     def run(self) -> None:
         """Read and answer lines until the reader leaves. Ctrl-C at the prompt takes two to leave."""
@@ -149,12 +141,9 @@ class TerminalChat:
     def character(self, name: str) -> None:
         """List the characters, or go to the conversation with one of them."""
         if not name:
-            names = [*self.sessions, *(name for name in load_characters() if name not in self.sessions)]
-            return self._print("、".join(names))
-        if name not in self.sessions:
-            session = ChatSession(self.session.model, self.session.tokenizer, get_character(name), **self.generation)
-            self.sessions[name] = session
-        return self._go_to(self.sessions[name])
+            return self._print("、".join(self.conversations.names))
+        self.conversations.show(name)
+        return self._show_conversation()
 
     def persona(self, change: str) -> None:
         """Show the persona, or change one of its fields; before the first message a new greeting is said, too."""
@@ -164,9 +153,7 @@ class TerminalChat:
             raise ChatError(f"人设没有这个字段 [unknown field]：{name}，可选：{'、'.join(fields)}")
         if name:
             fields[name] = text.strip()
-            self.session.set_persona(as_session_meta(fields))
-            if name == "greeting" and not any(query for query, _ in self.session.history):
-                self.session.clear()
+            change_persona(self.session, as_session_meta(fields))
         for field, value in fields.items():
             self._print(f"{field}：{value}")
 
@@ -222,13 +209,8 @@ class TerminalChat:
 
     def load(self, name: str) -> None:
         """Open an exported conversation or a card beside the conversations there are."""
-        path = Path(_needs_file(name)).expanduser()
-        session = load_session(self.session.model, self.session.tokenizer, path, **self.generation)
-        title, number = session.session_meta.bot_name, 2
-        while title in self.sessions:
-            title, number = f"{session.session_meta.bot_name} ({number})", number + 1
-        self.sessions[title] = session
-        self._go_to(session)
+        self.conversations.open(_read(Path(_needs_file(name)).expanduser()))
+        self._show_conversation()
 
     def help(self, _="") -> None:
         """List the commands."""
@@ -254,10 +236,6 @@ class TerminalChat:
         self._show_exchange(self.session.history[-1])
         self._print(f"{self.session.alternative + 1}/{len(self.session.alternatives)}", style="dim")
 
-    def _go_to(self, session: ChatSession) -> None:
-        self.session = session
-        self._show_conversation()
-
     def _show_conversation(self) -> None:
         self._print(
             f"和 {self.session.session_meta.bot_name} 的对话，/help 列出命令 [/help lists the commands]", style="dim"
@@ -276,14 +254,12 @@ class TerminalChat:
         self.console.print(Text(plain(text), style), end=end, soft_wrap=True)
 
 
-def load_session(model, tokenizer, path: Path, **generation) -> ChatSession:
-    """The session in an exported conversation or a card; `HelpersError` with the reason if there is none."""
+def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)  # enough to be refused as too large
+            return file.read(MAX_FILE_BYTES + 1)  # enough to be refused as too large
     except OSError as error:
         raise ChatError(f"读不了这个文件 [cannot read file]：{path}（{error.strerror}）") from None
-    return open_file(model, tokenizer, content, **generation)
 
 
 def _needs_file(name: str) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import helpers
 from helpers.characters import MAX_FILE_BYTES
+from helpers.demo.conversations import Conversations
 from helpers.demo.terminal import TerminalChat, plain
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -31,8 +32,8 @@ def nano():
 
 @pytest.fixture
 def chat(nano):
-    session = helpers.ChatSession(*nano, helpers.get_character("苏梦远"), **GREEDY)
-    return TerminalChat(session, Console(file=io.StringIO(), highlight=False, width=1000))
+    conversations = Conversations(*nano, **GREEDY)
+    return TerminalChat(conversations, Console(file=io.StringIO(), highlight=False, width=1000))
 
 
 def printed(chat):
@@ -207,7 +208,9 @@ def test_save_and_load(chat, tmp_path):
     chat.enter(f"/load {tmp_path}/我的 对话.json")
     assert chat.session.export() == saved
     assert (tmp_path / "chat.md").read_text("utf-8") == chat.session.to_markdown()
-    assert list(chat.sessions) == ["苏梦远", "苏梦远 (2)"], "the conversation that was open is still there"
+    assert list(chat.conversations.sessions) == ["苏梦远", "苏梦远 (2)"], (
+        "the conversation that was open is still there"
+    )
     chat.enter(f"/load {tmp_path}/su_card.png")
     assert chat.session.session_meta == helpers.get_character("苏梦远")
     assert chat.session.generation == GREEDY
@@ -241,7 +244,7 @@ def test_bad_file_is_refused(chat, tmp_path, content, problem):
     printed(chat)
     chat.enter(f"/load {tmp_path}/bad.json")
     assert f"[{problem}]" in printed(chat)
-    assert chat.session is before and before.history == history and len(chat.sessions) == 1
+    assert chat.session is before and before.history == history and len(chat.conversations.sessions) == 1
 
 
 # --- what reaches the terminal
