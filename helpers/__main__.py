@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from .errors import HelpersError
 
 app = typer.Typer(
-    help="CharacterGLM-6B：运行 notebook、下载、体检与回执 [run, download, doctor, receipt]",
+    help="CharacterGLM-6B：运行 notebook、聊天、服务、微调、下载与体检 [run, chat, serve, finetune, download, doctor]",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # would swallow the words in brackets
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 
 Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
+ModelName = Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")]
+Adapter = Annotated[str | None, typer.Option(help="LoRA adapter 的目录 [folder of a LoRA adapter]")]
 OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
 Receipt = Annotated[str, typer.Argument(help="receipt_NN.json")]
 
@@ -56,7 +58,7 @@ def split_pairs(pairs: list[str] | None, usage: str = "-p NAME VALUE") -> list[t
 @app.command(cls=PairCommand)
 def run(
     notebooks: Numbers = None,
-    model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto",
+    model: ModelName = "auto",
     parameter: Annotated[
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="NAME VALUE", help="notebook 参数，可重复 [repeatable]"),
@@ -85,7 +87,7 @@ def refresh(notebooks: Numbers = None, output_dir: OutputDir = "outputs") -> Non
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto",
+    model: ModelName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="给程序读的输出 [for programs]")] = False,
     explain: Annotated[
         str | None, typer.Option(metavar="FILE", help="解释一段报错，- 表示标准输入 [explain a traceback]")
@@ -180,7 +182,7 @@ def receipt(first: Receipt, second: Receipt) -> None:
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")] = "auto",
+    model: ModelName = "auto",
     host: Annotated[str, typer.Option(help="绑定的地址 [address to bind]")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")] = 6006,
     api_key: Annotated[
@@ -220,6 +222,37 @@ def serve(
         cache_tokens=cache_tokens,
         log_text=log_text,
     )
+
+
+@app.command()
+def chat(
+    model: ModelName = "auto",
+    character: Annotated[str, typer.Option(help="和谁聊 [character]")] = "苏梦远",
+    adapter: Adapter = None,
+    load: Annotated[str | None, typer.Option(metavar="FILE", help="打开导出的对话或角色卡 [open a file]")] = None,
+    once: Annotated[str | None, typer.Option(metavar="TEXT", help="只答这一句，打印后退出 [answer once]")] = None,
+    seed: Annotated[int | None, typer.Option(help="让采样可以重复 [repeatable sampling]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="越大越随意 [flatter above 1]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="只在最可能的部分里采样 [nucleus]")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="大于 1 减少重复 [above 1: less]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="回复最多几个 token [longest reply]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="prompt 加回复最多几个 token [both together]")] = None,
+    do_sample: Annotated[bool | None, typer.Option(help="--no-do-sample：总取最可能的词 [greedy]")] = None,
+) -> None:
+    """在终端里聊天；输入来自管道时一行一句 [chat; in a pipe, one message a line]"""
+    from .demo.terminal import start
+
+    given = {
+        "seed": seed,
+        "temperature": temperature,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+        "max_length": max_length,
+        "do_sample": do_sample,
+    }
+    generation = {name: value for name, value in given.items() if value is not None}
+    start(model, character, adapter=adapter, file=load, once=once, **generation)
 
 
 def main() -> None:

@@ -150,7 +150,7 @@ def import_card_v2(card: dict | bytes | str | Path) -> CharacterCard:
     """
     if not isinstance(card, dict):
         name, content = ("", card) if isinstance(card, bytes) else (str(card), _read_bytes(Path(card)))
-        card = _parse_json_object(_card_text(content) if content.startswith(PNG_SIGNATURE) else content, name)
+        card = parse_json_object(_card_text(content) if content.startswith(PNG_SIGNATURE) else content, name)
     if card.get("spec") != "chara_card_v2":
         raise CharacterError("这不是 character card V2 [not a V2 card]：需要 spec='chara_card_v2'；V1 的卡请先转成 V2")
     data = _validate(_CardData, card.get("data"), "V2 卡 data 的")
@@ -193,7 +193,7 @@ def field_problems(error: ValidationError, whole: str) -> str:
 
 
 def _read_json_object(file: Path) -> dict:
-    return _parse_json_object(_read_bytes(file), str(file))
+    return parse_json_object(_read_bytes(file), str(file))
 
 
 def _read_bytes(file: Path) -> bytes:
@@ -206,7 +206,8 @@ def _read_bytes(file: Path) -> bytes:
         raise CharacterError(f"读不了角色文件 [cannot read file]：{file}（{error}）") from None
 
 
-def _parse_json_object(content: bytes, name: str) -> dict:
+def parse_json_object(content: bytes, name: str = "") -> dict:
+    """The JSON object in the content of a file called `name`; `CharacterError` if there is none."""
     _refuse_too_large(content)
     try:
         parsed = json.loads(content.decode("utf-8-sig"))  # Windows editors begin a file with a mark

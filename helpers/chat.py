@@ -245,7 +245,12 @@ class ChatSession:
         return _last(self.stream_again(**generation))
 
     def stream_again(self, **generation) -> Iterator[str]:
-        """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised."""
+        """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised.
+
+        A seed of the session is raised by the number of alternatives: the same one would write the same reply.
+        """
+        if (seed := self.generation.get("seed")) is not None:
+            generation = {"seed": seed + len(self.alternatives), **generation}
         return self._stream(generation, again=True)
 
     @property
@@ -328,6 +333,11 @@ class ChatSession:
             greeting = getattr(self.session_meta, "greeting", "").strip()
             self.history = [["", greeting]] if greeting else []
             self.statistics, self.dropped_turns, self._others = {}, 0, ([], [])
+
+    def free_cache(self) -> None:
+        """Give the memory of the KV cache back; the next reply computes its whole prompt again."""
+        with self._not_busy():
+            self._cache.clear()
 
     def export(self) -> dict:
         """The conversation as a JSON-serialisable dict, to be opened again with `ChatSession.restore`."""

@@ -7,7 +7,6 @@ driver, GPU memory for each notebook, disk, port 6006 and the JupyterLab kernel.
 import importlib.metadata
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from .download import bytes_needed, default_model_dir, find_downloaded, free_byt
 from .errors import CheckpointError
 from .estimate import RESERVE_GIB, estimate
 from .loading import MIN_GPU_GIB, NANO_DIR, gpu_gib, pick_model
+from .network import DEFAULT_PORT, port_is_free
 from .receipt import PROJECT_DIR
 
 MIN_VERSIONS = {"torch": (2, 6), "transformers": (5, 23)}
-AUTODL_PORT = 6006  # the one that AutoDL opens to the outside
 # What the notebooks do with the 6B: name, task and options for `estimate`.
 NOTEBOOK_TASKS = {
     "01-03 聊天": ("chat", {"tokens": 4096}),
@@ -198,15 +197,11 @@ def check_disk() -> Check:
     return Check("磁盘", found, "" if free >= needed else f"下载 6b 还要 {needed / 1e9:.1f} GB：清理数据盘或扩容")
 
 
-def check_port(port: int = AUTODL_PORT) -> Check:
+def check_port(port: int = DEFAULT_PORT) -> Check:
     """Nobody listens on the port that the server and the demo use."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return Check(f"端口 {port}", f"被 {_who_listens(port)} 占用", "停掉它，或换一个端口：--port 6008")
-    return Check(f"端口 {port}", "空闲")
+    if port_is_free("127.0.0.1", port):
+        return Check(f"端口 {port}", "空闲")
+    return Check(f"端口 {port}", f"被 {_who_listens(port)} 占用", "停掉它，或换一个端口：--port 6008")
 
 
 def _who_listens(port: int) -> str:

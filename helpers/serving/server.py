@@ -1,8 +1,6 @@
 """Running the API: in this process (`serve`), or in a process of its own for as long as a notebook needs it (`Server`)."""
 
 import atexit
-import errno
-import ipaddress
 import logging
 import os
 import socket
@@ -17,11 +15,11 @@ import uvicorn
 from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import HelpersError
+from ..network import DEFAULT_PORT, free_port, is_loopback, listen
 from ..receipt import PROJECT_DIR
 from .app import create_app
 from .limits import SEND_SECONDS
 
-DEFAULT_PORT = 6006  # the port that AutoDL can open to the outside
 API_KEY_VARIABLE = "CHARACTERGLM_API_KEY"
 
 
@@ -52,6 +50,10 @@ def serve(
     api_key = api_key or None  # an empty one would let everybody in
     require_key(host, api_key, insecure)
     listener = listen(host, port)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Linux resets the connection of a client that reads nothing for so long. Closing it would not be enough: what
+        # is left to send would keep it open.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))
     _log_as_json()
     failed = threading.Event()
@@ -73,59 +75,11 @@ def require_key(host: str, api_key: str | None, insecure: bool) -> None:
     """Refuse to let other machines in without a key, unless the user insists; and a key that nobody could send."""
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
         raise HelpersError("API key 只能用可打印的 ASCII 字符，首尾不能有空格 [invalid api key]：HTTP 头里放不下别的")
-    if api_key is None and not insecure and not _is_loopback(host):
+    if api_key is None and not insecure and not is_loopback(host):
         raise HelpersError(
             f"绑定 {host} 会让别的机器也能访问，需要 API key [api key required]：加 --api-key，或设环境变量 "
             f"{API_KEY_VARIABLE}；确实要对所有人开放就加 --insecure"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address.
-
-    Raises:
-        HelpersError: somebody else listens there, or this machine has no such address.
-    """
-    try:
-        listener = socket.create_server((host, port), family=_family(host), backlog=2048)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise HelpersError(f"不能绑定 {host}:{port} [cannot bind]：{error.strerror or error}") from None
-        raise HelpersError(
-            f"端口 {port} 已被占用 [port in use]：换一个，例如 --port {free_port()}，或先停掉占用它的程序"
-        ) from None
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # Linux resets the connection of a client that reads nothing for so long. Closing it would not be enough: what
-        # is left to send would keep it open.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
-    return listener
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could bind to the port."""
-    with socket.socket(_family(host)) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
-        try:
-            listener.bind((host, port))
-        except OSError:
-            return False
-        return True
-
-
-def free_port(preferred: int = DEFAULT_PORT) -> int:
-    """`preferred`, or the next port after it that is free on 127.0.0.1."""
-    return next(port for port in range(preferred, 65536) if port_is_free("127.0.0.1", port))
 
 
 def _log_as_json() -> None:

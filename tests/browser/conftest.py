@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,17 +57,24 @@ def lab(tmp_path: Path):
     """Address of a JupyterLab whose folder holds copies of the notebooks."""
     find_browser()
     shutil.copytree(PROJECT_DIR / "notebooks", tmp_path / "notebooks")
+    with running_lab(tmp_path) as address:
+        yield address
+
+
+@contextmanager
+def running_lab(folder: Path):
+    """A JupyterLab that serves `folder` and keeps its settings there; yields its address."""
     port = free_port()
-    environment = {name: str(tmp_path / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
-    environment |= {"IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
+    environment = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
+    environment |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
     for plugin, values in LAB_SETTINGS.items():
-        write_setting(tmp_path / "settings", plugin, values)
+        write_setting(folder / "settings", plugin, values)
     options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.open_browser=False"]
     options += ["--IdentityProvider.token=", "--allow-root", "--ServerApp.port_retries=0"]
-    with (tmp_path / "lab.log").open("w") as log:
+    with (folder / "lab.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
-            cwd=tmp_path,
+            cwd=folder,
             env={**os.environ, **environment},
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -87,19 +95,33 @@ def write_setting(folder: Path, plugin: str, values: dict) -> None:
     file.write_text(json.dumps(values))
 
 
-@pytest.fixture
-def page():
-    """A page of a real browser that notes requests to other machines and errors on its console."""
+@pytest.fixture(scope="module")
+def browser():
+    """A real browser. Not for the whole session: while Playwright runs, no test of that thread can use asyncio."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=CHROMIUM_OPTIONS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.outside_requests, page.console_errors = [], []
-        page.on("request", lambda request: _note_outside(page, request.url))
-        page.on("console", lambda message: _note_error(page, message))
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page of a real browser that notes requests to other machines and errors on its console."""
+    with new_page(browser) as page:
+        yield page
+
+
+@contextmanager
+def new_page(browser):
+    """What the fixture `page` is, for as long as the caller wants it."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.outside_requests, page.console_errors = [], []
+    page.on("request", lambda request: _note_outside(page, request.url))
+    page.on("console", lambda message: _note_error(page, message))
+    yield page
+    page.close()
 
 
 def _note_outside(page, url: str) -> None:

@@ -1,0 +1,45 @@
+"""A conversation as HTML: the same bubbles in the live panel and in its static copy. All text is escaped."""
+
+import base64
+import html
+import mimetypes
+
+from ..characters import SessionMeta
+
+# JupyterLab's variables carry its theme; the second colour of each is for pages without them (GitHub, nbviewer).
+STYLE = """<style>
+.cg-message{padding:6px 10px;border-radius:10px;max-width:80%;width:fit-content;margin:3px 0;white-space:pre-wrap;
+  overflow-wrap:anywhere;line-height:1.5;font-size:14px;color:var(--jp-ui-font-color0,#111);
+  font-family:var(--jp-ui-font-family,sans-serif),"Noto Sans CJK SC","PingFang SC","Microsoft YaHei",sans-serif}
+.cg-user{margin-left:auto;background:color-mix(in srgb,var(--jp-brand-color1,#1976d2) 25%,var(--jp-layout-color1,#fff))}
+.cg-bot{background:var(--jp-layout-color2,#eee)}
+.cg-name{font-size:12px;opacity:.7}
+.cg-log{border:1px solid var(--jp-border-color2,#ccc);border-radius:4px;background:var(--jp-layout-color1,#fff)}
+.cg-log>*{flex:0 0 auto}
+.cg-small{font-size:12px;color:var(--jp-ui-font-color1,#333)}
+.cg-error{color:var(--jp-error-color1,#b00020);white-space:pre-wrap;overflow-wrap:anywhere}
+.cg-links a{color:var(--jp-content-link-color,#1976d2);text-decoration:underline;margin-right:12px}
+</style>"""
+
+
+def bubbles(session_meta: SessionMeta, history: list[list[str]]) -> list[str]:
+    """One bubble of HTML a message, oldest first; an empty query (a greeting) and an empty reply have none."""
+    sides = (("user", session_meta.user_name), ("bot", session_meta.bot_name))
+    return [_bubble(side, name, text) for entry in history for (side, name), text in zip(sides, entry) if text]
+
+
+def _bubble(side: str, name: str, text: str) -> str:
+    return f'<div class="cg-message cg-{side}"><div class="cg-name">{html.escape(name)}</div>{html.escape(text)}</div>'
+
+
+def notice(text: str, kind: str = "small") -> str:
+    """A line for the reader below the conversation; `kind` "error" makes it red."""
+    role = "alert" if kind == "error" else "status"
+    return f'<span class="cg-{kind}" role="{role}">{html.escape(text)}</span>'
+
+
+def download_link(name: str, content: bytes) -> str:
+    """A link that holds a whole file, so that no server has to offer it."""
+    kind = mimetypes.guess_type(name)[0] or "text/plain"
+    data = base64.b64encode(content).decode()
+    return f'<a download="{html.escape(name)}" href="data:{kind};base64,{data}">{html.escape(name)}</a>'

@@ -1,0 +1,69 @@
+"""One person's conversations: one with each character, and those opened from files. Showing another loses none."""
+
+from ..characters import CharacterCard, load_characters
+from ..chat import ChatSession
+from ..errors import CharacterError
+from .files import open_file
+
+
+class Conversations:
+    """Conversations by name; `name` is the one shown, `session` what is said in it.
+
+    Args:
+        characters: name to card; by default those of `data/characters.json`.
+        name: who is shown first; by default the first of them.
+        **generation: defaults for all conversations, see `GenerationParameters`.
+
+    Raises:
+        CharacterError: an unknown character; ChatError: a senseless parameter.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        characters: dict[str, CharacterCard] | None = None,
+        name: str | None = None,
+        **generation,
+    ):
+        self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self.characters = load_characters() if characters is None else characters
+        self.sessions: dict[str, ChatSession] = {}  # those that were shown so far
+        self.name = name or next(iter(self.characters), "")
+        self.show(self.name)
+
+    @property
+    def session(self) -> ChatSession:
+        """The session shown."""
+        return self.sessions[self.name]
+
+    @property
+    def names(self) -> list[str]:
+        """All that can be shown: the characters, then what was opened."""
+        return list(dict.fromkeys([*self.characters, *self.sessions]))
+
+    def show(self, name: str) -> ChatSession:
+        """Go to a conversation; `CharacterError` with the known names if there is none of this name."""
+        if name not in self.names:
+            raise CharacterError(f"没有叫 {name!r} 的角色 [unknown character]，可选：{'、'.join(self.names)}")
+        if name not in self.sessions:
+            card = self.characters[name]
+            self.sessions[name] = ChatSession(self.model, self.tokenizer, card, **self.generation)
+        self.name = name
+        return self.session
+
+    def open(self, content: bytes) -> ChatSession:
+        """Open an exported conversation or a card (JSON or PNG) beside the others, and go to it."""
+        session = open_file(self.model, self.tokenizer, content, **self.generation)
+        name, number = session.session_meta.bot_name, 2
+        while name in self.names:
+            name, number = f"{session.session_meta.bot_name} ({number})", number + 1
+        self.sessions[name] = session
+        return self.show(name)
+
+
+def change_persona(session: ChatSession, card: CharacterCard) -> None:
+    """Go on under another persona. Before the first message its greeting is said, too."""
+    session.set_persona(card)
+    if not any(query for query, _ in session.history):
+        session.clear()

@@ -1,0 +1,109 @@
+"""Two characters talk to each other: each is the user of the other's conversation."""
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..characters import CharacterCard, SessionMeta, as_session_meta
+from ..chat import ChatSession
+from ..errors import ChatError
+
+GOODBYE = re.compile(r"再见|再会|拜拜|告辞|后会有期|晚安|goodbye|bye-bye", re.IGNORECASE)
+SAME = 0.8  # share of equal characters from which two lines count as the same
+
+
+@dataclass(frozen=True)
+class Duet:
+    """What two characters said, and why they stopped.
+
+    `session` is the conversation as the last speaker sees it; `session.export()` can be opened in every face of the
+    demo, where the reader takes the other one's part.
+    """
+
+    lines: list[tuple[str, str]]  # (name, text), in order
+    ended: str  # "turns", "goodbye", "repeated" or "empty"
+    session: ChatSession
+
+    def to_markdown(self) -> str:
+        """The transcript, a paragraph a line."""
+        return self.session.to_markdown()
+
+
+def converse(
+    model,
+    tokenizer,
+    first: SessionMeta | dict,
+    second: SessionMeta | dict,
+    topic: str,
+    turns: int = 8,
+    on_line: Callable[[str, str], None] = lambda name, text: None,
+    **generation,
+) -> Duet:
+    """Let `first` bring up `topic` and the two talk about it.
+
+    They stop after `turns` replies, after a goodbye, or before a reply that is empty or nearly repeats an earlier line:
+    two models that answer each other easily end in a circle, and do not find out of it.
+
+    Args:
+        topic: completes 我们来聊聊…吧, the first line.
+        turns: how many replies at most, 1 to 100.
+        on_line: called with name and text of every line as soon as it is there.
+        **generation: see `GenerationParameters`; `seed` grows by one from reply to reply.
+
+    Raises:
+        ChatError: an empty topic, a senseless number of turns, or two characters of one name; as `chat` besides.
+    """
+    first, second = as_session_meta(first), as_session_meta(second)
+    _check(first, second, topic, turns)
+    line = f"我们来聊聊{topic.strip()}吧。"
+    speaker = ChatSession(model, tokenizer, _facing(first, second, greeting=line), **generation)
+    listener = ChatSession(model, tokenizer, _facing(second, first), **generation)
+    lines = [(first.bot_name, line)]
+    on_line(*lines[-1])
+    for turn in range(turns):
+        reply = listener.send(line, **({"seed": generation["seed"] + turn} if "seed" in generation else {}))
+        if problem := _reason_to_drop(reply, lines):
+            return Duet(lines, problem, speaker)
+        line, speaker, listener = reply, listener, speaker
+        lines.append((speaker.session_meta.bot_name, line))
+        on_line(*lines[-1])
+        if GOODBYE.search(line):
+            return Duet(lines, "goodbye", speaker)
+    return Duet(lines, "turns", speaker)
+
+
+def _check(first: SessionMeta, second: SessionMeta, topic: str, turns: int) -> None:
+    if not isinstance(topic, str) or not topic.strip():
+        raise ChatError("缺少话题 [empty topic]：请写几个字，如“月亮”")
+    if type(turns) is not int or not 1 <= turns <= 100:
+        raise ChatError(f"turns={turns!r} 没有意义 [invalid turns]：应是 1 到 100 的整数")
+    if first.bot_name == second.bot_name:
+        raise ChatError(f"两个角色都叫{first.bot_name} [same name]：prompt 里分不清谁在说话，请改一个名字")
+
+
+def _facing(speaker: SessionMeta, other: SessionMeta, greeting: str = "") -> CharacterCard:
+    """The persona of `speaker` when the other one is the user."""
+    return CharacterCard(
+        bot_name=speaker.bot_name,
+        bot_info=speaker.bot_info,
+        user_name=other.bot_name,
+        user_info=other.bot_info,
+        greeting=greeting,
+    )
+
+
+def _reason_to_drop(reply: str, lines: list[tuple[str, str]]) -> str:
+    words = _words(reply)
+    if not words:
+        return "empty"
+    return "repeated" if any(_similarity(words, _words(text)) >= SAME for _, text in lines) else ""
+
+
+def _words(text: str) -> str:
+    """`text` without punctuation, spaces and (stage directions)."""
+    return re.sub(r"[（(].*?[）)]|[\W_]+", "", text)
+
+
+def _similarity(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()

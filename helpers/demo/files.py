@@ -1,0 +1,62 @@
+"""The files in which a conversation or a character leaves one face of the demo and enters another."""
+
+import json
+import re
+
+from ..characters import (
+    PNG_SIGNATURE,
+    CharacterCard,
+    export_card_png,
+    export_card_v2,
+    import_card_v2,
+    parse_json_object,
+)
+from ..chat import ChatSession
+from ..errors import ChatError
+
+# Ending of the file name -> what is in the file; the longest ending that fits decides.
+EXPORTS = {
+    "_card.json": lambda session: _json(export_card_v2(_card(session))),
+    "_card.png": lambda session: export_card_png(_card(session)),
+    ".json": lambda session: _json(session.export()),
+    ".md": lambda session: session.to_markdown().encode(),
+}
+
+
+def exported_files(session: ChatSession) -> dict[str, bytes]:
+    """File name to content: the conversation as JSON and Markdown, its character as a card V2 in JSON and PNG."""
+    name = re.sub(r"[^\w-]+", "_", session.session_meta.bot_name)
+    return {name + ending: EXPORTS[ending](session) for ending in (".json", ".md", "_card.json", "_card.png")}
+
+
+def exported_file(session: ChatSession, name: str) -> bytes:
+    """The content of a file of this name, whose ending says what is wanted; `ChatError` for other endings."""
+    for ending, export in EXPORTS.items():
+        if name.endswith(ending):
+            return export(session)
+    raise ChatError(f"不认识的文件类型 [unknown file type]：{name!r}。文件名以 {'、'.join(EXPORTS)} 结尾")
+
+
+def open_file(model, tokenizer, content: bytes, **generation) -> ChatSession:
+    """A session from the content of a file: an exported conversation goes on, a card (JSON or PNG) begins a new one.
+
+    Args:
+        **generation: defaults for a new conversation; an exported one brings its own.
+
+    Raises:
+        CharacterError, ChatError: not such a file, or damaged.
+    """
+    if content.startswith(PNG_SIGNATURE):
+        return ChatSession(model, tokenizer, import_card_v2(content), **generation)
+    parsed = parse_json_object(content)
+    if "spec" in parsed:
+        return ChatSession(model, tokenizer, import_card_v2(parsed), **generation)
+    return ChatSession.restore(model, tokenizer, parsed)
+
+
+def _card(session: ChatSession) -> CharacterCard:
+    return CharacterCard(**session.session_meta.model_dump())
+
+
+def _json(content: dict) -> bytes:
+    return json.dumps(content, ensure_ascii=False, indent=2).encode()

@@ -1,0 +1,285 @@
+"""The terminal face of the demo, `python -m helpers chat`: a prompt for people, one reply a line for scripts."""
+
+import json
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from ..characters import MAX_FILE_BYTES, as_session_meta, get_character
+from ..chat import ChatSession, ContextWarning
+from ..errors import ChatError
+from ..generation import GenerationParameters
+from ..loading import load
+from .conversations import Conversations, change_persona
+from .files import exported_file
+from .status import error_text, meter_text
+
+HELP = """\
+/character [名字]        列出角色，或换一个角色；每个角色有自己的对话 [pick a character]
+/persona [字段 内容]     看人设，或改一个字段，如 /persona bot_info 爱吃桃子 [persona]
+/set [参数 值]           看生成参数，或改一个，如 /set temperature 0.7 [parameters]
+/regen                   重说上一句，原来的保留 [regenerate]
+/next /prev              在几个回复之间切换 [swipe]
+/undo                    撤回上一轮 [undo]
+/edit query|reply 内容   改上一轮的任何一边 [edit]
+/clear 或 clear          重新开始这段对话 [clear]
+/save 文件               存成 .json 或 .md；角色卡存成 _card.json 或 _card.png [save]
+/load 文件               打开导出的对话或角色卡 [load]
+/help                    这张表 [help]
+/exit 或 stop            离开，也可以按 Ctrl-D [leave]
+Ctrl-C                   停下正在写的回复，写出的部分保留 [stop the reply]"""
+ORIGINAL_WORDS = {"clear": "/clear", "stop": "/exit"}  # commands of the vendor's own terminal demo
+
+# C0 and C1 control characters, and those that reverse the direction of writing.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def plain(text: str) -> str:
+    """`text` as one line that a terminal only prints: line breaks become spaces, other control characters "\N{REPLACEMENT CHARACTER}"."""
+    return _CONTROL.sub(lambda match: " " if match[0].isspace() else "\N{REPLACEMENT CHARACTER}", text)
+
+
+def start(model="auto", character="苏梦远", *, adapter=None, file=None, once=None, **generation) -> None:
+    """Load a model and chat: at a prompt if both ends are a terminal, else a reply for every line of the input.
+
+    Args:
+        model, adapter: see `helpers.load`.
+        character: name of a shipped card.
+        file: an exported conversation or a card to open instead.
+        once: answer only this.
+        **generation: see `GenerationParameters`; they go before those of an exported conversation.
+
+    Raises:
+        HelpersError: an argument makes no sense, or, in a pipe, a line cannot be answered.
+    """
+    sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal's encoding lacks
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused by the session, by name
+    GenerationParameters.check(generation)  # before a model is loaded, which may take a minute
+    get_character(character)
+    content = None if file is None else _read(Path(file))
+    conversations = Conversations(*load(model, adapter=adapter), name=character, **generation)
+    if content is not None:
+        conversations.open(content).set_generation(**generation)
+    if once is not None:
+        print(plain(conversations.session.send(once)))
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        TerminalChat(conversations).run()
+    else:
+        answer_lines(conversations.session, sys.stdin)
+
+
+def answer_lines(session: ChatSession, lines: Iterable[str]) -> None:
+    """Print the reply to each line, one reply a line; blank lines are left out. Raises as `ChatSession.send`."""
+    for line in lines:
+        if line.strip():
+            print(plain(session.send(line)), flush=True)
+
+
+class TerminalChat:
+    """A chat at the prompt.
+
+    The methods named after commands take what was typed after the command, and raise `HelpersError` if it makes no
+    sense; the conversation then stays as it was.
+    """
+
+    def __init__(self, conversations: Conversations, console: Console | None = None):
+        self.conversations = conversations
+        self.console = console or Console(highlight=False)
+        names = "character persona set regen next prev undo edit clear save load help"
+        self.commands = {f"/{name}": getattr(self, name) for name in names.split()}
+
+    @property
+    def session(self) -> ChatSession:
+        """The conversation shown."""
+        return self.conversations.session
+
+    def run(self) -> None:
+        """Read and answer lines until the reader leaves. Ctrl-C at the prompt takes two to leave."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  # input() then has editing and a history
+        self._show_conversation()
+        interrupted = False
+        while True:
+            try:
+                going_on = self.enter(input(f"{plain(self.session.session_meta.user_name)}："))
+                interrupted = False
+            except EOFError:
+                going_on = False
+            except KeyboardInterrupt:
+                going_on, interrupted = not interrupted, True
+                self.console.line()
+                self._print("再按一次 Ctrl-C 离开，或输入 /exit [press again to leave]", style="dim")
+            if not going_on:
+                return
+
+    def enter(self, line: str) -> bool:
+        """Do what one line says, a message or a command; False if it is time to leave. Shows errors, raises none."""
+        words = ORIGINAL_WORDS.get(line.strip(), line.strip())
+        command, _, argument = words.partition(" ")
+        if command in ("/exit", "/quit"):
+            return False
+        try:
+            if command in self.commands:
+                self.commands[command](argument.strip())
+            elif command.startswith("/"):
+                raise ChatError(f"没有这个命令 [unknown command]：{command}。/help 列出全部")
+            elif words:
+                self._write(self.session.stream(line))
+        except Exception as error:  # whatever it is, the conversation is not lost
+            self._print(error_text(error), style="red")
+        return True
+
+    # --- commands
+
+    def character(self, name: str) -> None:
+        """List the characters, or go to the conversation with one of them."""
+        if not name:
+            return self._print("、".join(self.conversations.names))
+        self.conversations.show(name)
+        return self._show_conversation()
+
+    def persona(self, change: str) -> None:
+        """Show the persona, or change one of its fields; before the first message a new greeting is said, too."""
+        fields = self.session.session_meta.model_dump()
+        name, _, text = change.partition(" ")
+        if name and name not in fields:
+            raise ChatError(f"人设没有这个字段 [unknown field]：{name}，可选：{'、'.join(fields)}")
+        if name:
+            fields[name] = text.strip()
+            change_persona(self.session, as_session_meta(fields))
+        for field, value in fields.items():
+            self._print(f"{field}：{value}")
+
+    def set(self, change: str) -> None:
+        """Show the generation parameters, or change one; the value is written as in JSON."""
+        name, _, text = change.partition(" ")
+        if name:
+            self.session.set_generation(**{name: _json_value(text)})
+        values = self.session.parameters.model_dump()
+        self._print("  ".join(f"{name}={value}" for name, value in values.items() if value is not None))
+
+    def regen(self, _="") -> None:
+        """Write another reply to the last message."""
+        self._write(self.session.stream_again())
+
+    def next(self, _="") -> None:
+        """Show the next of the replies to the last message."""
+        self._swipe(1)
+
+    def prev(self, _="") -> None:
+        """Show the previous of the replies to the last message."""
+        self._swipe(-1)
+
+    def undo(self, _="") -> None:
+        """Take the last exchange back."""
+        self._print(f"撤回了 [undone]：{self.session.undo()}", style="dim")
+
+    def edit(self, change: str) -> None:
+        """Change either side of the last exchange."""
+        side, _, text = change.partition(" ")
+        if side not in ("query", "reply"):
+            raise ChatError("写法 [usage]：/edit query 内容，或 /edit reply 内容")
+        self.session.edit(**{"query" if side == "query" else "response": text.strip()})
+        self._show_exchange(self.session.history[-1])
+
+    def clear(self, _="") -> None:
+        """Begin the conversation anew."""
+        self.session.clear()
+        self._show_conversation()
+
+    def save(self, name: str) -> None:
+        """Write the conversation or the card into a file that does not exist yet."""
+        path = Path(_needs_file(name)).expanduser()
+        content = exported_file(self.session, path.name)
+        try:
+            with path.open("xb") as file:
+                file.write(content)
+        except FileExistsError:
+            raise ChatError(f"已经有这个文件 [file exists]：{path}。换个名字，原文件没有动") from None
+        except OSError as error:
+            raise ChatError(f"写不了这个文件 [cannot write file]：{path}（{error.strerror}）") from None
+        self._print(f"已保存 [saved]：{path}", style="dim")
+
+    def load(self, name: str) -> None:
+        """Open an exported conversation or a card beside the conversations there are."""
+        self.conversations.open(_read(Path(_needs_file(name)).expanduser()))
+        self._show_conversation()
+
+    def help(self, _="") -> None:
+        """List the commands."""
+        for line in HELP.splitlines():
+            self._print(line)
+
+    # --- what is on the screen
+
+    def _write(self, texts: Iterator[str]) -> None:
+        """Print a reply while it grows. Ctrl-C ends it within one token."""
+        with _ctrl_c_calls(self.session.stop), closing(texts), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ContextWarning)  # the meter says it
+            shown = next(texts)  # whatever is refused is refused here
+            self._print(f"{self.session.session_meta.bot_name}：{shown}", end="")
+            for text in texts:
+                self._print(text[len(shown) :], end="")
+                shown = text
+        self._print("")
+        self._print(meter_text(self.session), style="dim")
+
+    def _swipe(self, step: int) -> None:
+        self.session.swipe(step)
+        self._show_exchange(self.session.history[-1])
+        self._print(f"{self.session.alternative + 1}/{len(self.session.alternatives)}", style="dim")
+
+    def _show_conversation(self) -> None:
+        self._print(
+            f"和 {self.session.session_meta.bot_name} 的对话，/help 列出命令 [/help lists the commands]", style="dim"
+        )
+        for entry in self.session.history:
+            self._show_exchange(entry)
+
+    def _show_exchange(self, entry: list[str]) -> None:
+        names = (self.session.session_meta.user_name, self.session.session_meta.bot_name)
+        for name, text in zip(names, entry):
+            if text:
+                self._print(f"{name}：{text}")
+
+    def _print(self, text: str, style: str = "", end: str = "\n") -> None:
+        # A Text, because Rich would read a string as markup; soft_wrap leaves the breaking of lines to the terminal.
+        self.console.print(Text(plain(text), style), end=end, soft_wrap=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES + 1)  # enough to be refused as too large
+    except OSError as error:
+        raise ChatError(f"读不了这个文件 [cannot read file]：{path}（{error.strerror}）") from None
+
+
+def _needs_file(name: str) -> str:
+    if not name:
+        raise ChatError("缺少文件名 [file name required]：如 /save 对话.json、/load 对话.json")
+    return name
+
+
+def _json_value(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # no parameter is a text: it is refused with the name of the parameter
+
+
+@contextmanager
+def _ctrl_c_calls(action):
+    """Ctrl-C calls `action` here, instead of raising KeyboardInterrupt wherever the program happens to be."""
+    before = signal.signal(signal.SIGINT, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,423 @@
+"""The terminal face: commands on CharacterGLM-Nano in this process, then `python -m helpers chat` as a program, in pipes
+and on real pseudo-terminals."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pexpect
+import pytest
+from rich.console import Console
+
+import helpers
+from helpers.characters import MAX_FILE_BYTES
+from helpers.demo.conversations import Conversations
+from helpers.demo.terminal import TerminalChat, plain
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+CHAT = ("-m", "helpers", "chat", "--model", "nano")
+TITLE = "\x1b]0;pwned\x07"  # renames the window of a terminal that gets it
+PERSONA = {"bot_name": "小明", "bot_info": "学生", "user_name": "老师", "user_info": ""}
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return helpers.load("nano", dtype="float32", device_map="cpu")
+
+
+@pytest.fixture
+def chat(nano):
+    conversations = Conversations(*nano, **GREEDY)
+    return TerminalChat(conversations, Console(file=io.StringIO(), highlight=False, width=1000))
+
+
+def printed(chat):
+    """What was printed since the last call."""
+    text = chat.console.file.getvalue()
+    chat.console.file.seek(0)
+    chat.console.file.truncate()
+    return text
+
+
+@contextmanager
+def says(model, token_ids):
+    """Make the model say these tokens, then a newline."""
+    script = iter(token_ids)
+
+    def hook(module, args, output):
+        output.logits[:, -1, :] = -1e4
+        output.logits[:, -1, next(script, 13)] = 1e4
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# --- lines and commands
+
+
+def test_message_is_answered_and_measured(chat, nano):
+    assert chat.enter("你好")
+    query, reply = chat.session.history[-1]
+    shown = printed(chat)
+    assert query == "你好" and reply
+    assert shown.startswith(f"苏梦远：{reply}\n上下文 ")
+    assert re.search(r"上下文 \d+ / 2,048 token · 首字 \d+\.\d\d 秒，之后每秒 \d+ token\n$", shown)
+
+
+@pytest.mark.parametrize("line", ["", "   ", "\t"])
+def test_blank_line_says_nothing(chat, line):
+    before = chat.session.export()
+    assert chat.enter(line)
+    assert chat.session.export() == before and printed(chat) == ""
+
+
+@pytest.mark.parametrize("word", ["clear", " clear ", "/clear"])
+def test_clear(chat, word):
+    chat.enter("你好")
+    printed(chat)
+    assert chat.enter(word)
+    assert [query for query, _ in chat.session.history] == [""]
+    assert "陆导您好" in printed(chat), "the greeting is said again"
+
+
+@pytest.mark.parametrize("word", ["stop", "/exit", "/quit"])
+def test_words_that_leave(chat, word):
+    assert not chat.enter(word)
+
+
+def test_regenerate_and_swipe(chat):
+    chat.session.set_generation(do_sample=True, seed=1, temperature=2.0)
+    chat.enter("你好")
+    first = chat.session.history[-1][1]
+    chat.enter("/regen")
+    second = chat.session.history[-1][1]
+    assert first != second, "the same seed must not write the same reply"
+    printed(chat)
+    chat.enter("/prev")
+    assert chat.session.history[-1] == ["你好", first]
+    assert first in printed(chat)
+    chat.enter("/next")
+    assert chat.session.history[-1] == ["你好", second]
+    assert printed(chat).endswith("2/2\n")
+
+
+def test_undo_and_edit(chat):
+    chat.enter("你好")
+    chat.enter("/edit query 早上好  呀")
+    chat.enter("/edit reply 早！")
+    assert chat.session.history[-1] == ["早上好  呀", "早！"]
+    chat.enter("/undo")
+    assert chat.session.history == [["", chat.session.session_meta.greeting]]
+    assert "早上好  呀" in printed(chat)
+
+
+def test_each_character_keeps_its_conversation(chat):
+    chat.enter("你好")
+    before = list(chat.session.history)
+    chat.enter("/character 孙悟空")
+    assert chat.session.session_meta.bot_name == "孙悟空"
+    assert chat.session.generation == GREEDY
+    chat.enter("/character 苏梦远")
+    assert chat.session.history == before
+    printed(chat)
+    chat.enter("/character")
+    assert set(printed(chat).strip().split("、")) == set(helpers.load_characters())
+
+
+def test_persona_and_parameters(chat):
+    chat.enter("/persona bot_info 爱吃 桃子")
+    chat.enter("/persona greeting 来了？")
+    assert chat.session.session_meta.bot_info == "爱吃 桃子"
+    assert chat.session.history == [["", "来了？"]]
+    chat.enter("/set temperature 0.7")
+    chat.enter("/set do_sample true")
+    assert chat.session.generation == {**GREEDY, "temperature": 0.7, "do_sample": True}
+    assert "temperature=0.7" in printed(chat)
+
+
+def test_help_names_every_command(chat):
+    chat.enter("/help")
+    shown = printed(chat)
+    assert [command for command in chat.commands if command not in shown] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("/nonsense", "unknown command"),
+        ("/character 张三", "unknown character"),
+        ("/persona bot_age 5", "unknown field"),
+        ("/persona bot_name", "invalid persona"),
+        ("/set temperature 0", "invalid generation parameter"),
+        ("/set temperature NaN", "invalid generation parameter"),
+        ("/set temperature hot", "invalid generation parameter"),
+        ("/set tempreature 1", "unknown generation parameter"),
+        ("/regen", "no exchange yet"),
+        ("/undo", "no exchange yet"),
+        ("/edit 你好", "usage"),
+        ("/save", "file name required"),
+        ("/save 对话.txt", "unknown file type"),
+        ("/save nowhere/chat.json", "cannot write file"),
+        ("/load", "file name required"),
+        ("/load missing.json", "cannot read file"),
+        ("你" * 3000, "prompt too long"),
+        ("\udce4\udcbd", "invalid Unicode"),
+    ],
+)
+def test_refused_line_says_why_and_changes_nothing(chat, line, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = chat.session.export()
+    assert chat.enter(line)
+    assert f"[{problem}]" in printed(chat)
+    assert chat.session.export() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_error_in_the_model_keeps_the_conversation(chat, nano):
+    chat.enter("你好")
+    before = chat.session.export()
+
+    def fail(module, inputs):
+        raise RuntimeError("CUDA out of memory")
+
+    handle = nano[0].register_forward_pre_hook(fail)
+    chat.enter("再说一句")
+    handle.remove()
+    assert "RuntimeError: CUDA out of memory" in printed(chat)
+    assert chat.session.export() == before
+
+
+# --- files
+
+
+def test_save_and_load(chat, tmp_path):
+    chat.enter("你好")
+    saved = chat.session.export()
+    chat.enter(f"/save {tmp_path}/我的 对话.json")
+    chat.enter(f"/save {tmp_path}/chat.md")
+    chat.enter(f"/save {tmp_path}/su_card.png")
+    chat.enter("/clear")
+    chat.enter(f"/load {tmp_path}/我的 对话.json")
+    assert chat.session.export() == saved
+    assert (tmp_path / "chat.md").read_text("utf-8") == chat.session.to_markdown()
+    assert list(chat.conversations.sessions) == ["苏梦远", "苏梦远 (2)"], (
+        "the conversation that was open is still there"
+    )
+    chat.enter(f"/load {tmp_path}/su_card.png")
+    assert chat.session.session_meta == helpers.get_character("苏梦远")
+    assert chat.session.generation == GREEDY
+
+
+def test_save_overwrites_nothing(chat, tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_text("precious")
+    chat.enter(f"/save {file}")
+    assert "[file exists]" in printed(chat)
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "invalid JSON"),
+        (b"\xff\xfe", "invalid JSON"),
+        (b"[1]", "not a JSON object"),
+        (b'{"format": "other"}', "not an exported chat"),
+        (b'{"spec": "chara_card_v3"}', "not a V2 card"),
+        (b"\x89PNG\r\n\x1a\n rest", "damaged image"),
+        (b" " * (MAX_FILE_BYTES + 1), "file too large"),
+    ],
+)
+def test_bad_file_is_refused(chat, tmp_path, content, problem):
+    chat.enter("你好")
+    before = chat.session
+    history = list(before.history)
+    (tmp_path / "bad.json").write_bytes(content)
+    printed(chat)
+    chat.enter(f"/load {tmp_path}/bad.json")
+    assert f"[{problem}]" in printed(chat)
+    assert chat.session is before and before.history == history and len(chat.conversations.sessions) == 1
+
+
+# --- what reaches the terminal
+
+
+def test_plain_leaves_text_and_takes_control_characters():
+    assert plain("你好，[b]world[/b] :smile: 👨‍👩‍👧 é") == "你好，[b]world[/b] :smile: 👨‍👩‍👧 é"
+    assert plain("一\r\n二\t三\u2028四") == "一  二 三 四"
+    assert plain("\x1b[2J\x9b2J\x07\x00\x7f\u202e") == "�[2J�2J����"
+
+
+def test_model_text_is_neither_markup_nor_control(chat, nano):
+    model, tokenizer = nano
+    attack = f"[red]红[/red] {TITLE}[/]"
+    with says(model, tokenizer(attack, add_special_tokens=False)["input_ids"]):
+        chat.session.set_generation(max_new_tokens=100, repetition_penalty=1.0)
+        chat.enter("你好")
+    assert chat.session.history[-1][1] == attack
+    assert "苏梦远：[red]红[/red] �]0;pwned�[/]\n" in printed(chat)
+
+
+# --- the program in a pipe
+
+
+def run_chat(*options, text="", env=None):
+    return subprocess.run(
+        [sys.executable, *CHAT, *options],
+        input=text if isinstance(text, bytes) else text.encode(),
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def test_pipe_answers_line_by_line(nano):
+    done = run_chat("--no-do-sample", "--max-new-tokens", "12", text="你好\n\n/help\n再见")
+    session = helpers.ChatSession(*nano, helpers.get_character("苏梦远"), **GREEDY)
+    expected = [session.send(line) for line in ("你好", "/help", "再见")]
+    assert done.returncode == 0
+    assert done.stdout.decode().split("\n") == [*expected, ""]
+
+
+def test_once_with_a_seed_repeats_itself():
+    options = ("--once", "讲个故事", "--seed", "3", "--temperature", "2.0", "--character", "孙悟空")
+    first, second = run_chat(*options), run_chat(*options)
+    assert first.returncode == 0
+    assert first.stdout == second.stdout
+    assert len(first.stdout.decode().strip()) > 0 and first.stdout.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "problem"),
+    [
+        (["--once", " "], "", "empty text"),
+        (["--character", "张三"], "你好", "unknown character"),
+        (["--load", "missing.json", "--temperature", "0"], "你好", "invalid generation parameter"),
+        ([], b"\xc4\xe3\n", "invalid Unicode"),
+    ],
+)
+def test_failure_is_one_line_and_an_exit_code(options, text, problem):
+    done = run_chat(*options, text=text)
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert f"[{problem}]" in done.stderr.decode() and "Traceback" not in done.stderr.decode()
+
+
+def test_pipe_in_a_narrow_encoding(tmp_path):
+    done = run_chat("--once", "你好", env={"PYTHONIOENCODING": "ascii", "LANG": "C"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and done.stdout.isascii()
+
+
+# --- the program on a terminal
+
+
+@contextmanager
+def terminal(*options, **environment):
+    """`python -m helpers chat` on a pseudo-terminal of 100 columns, once the first prompt is there."""
+    env = {**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", **environment}
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    child = pexpect.spawn(
+        sys.executable,
+        [*CHAT, *options],
+        env=env,
+        timeout=60,
+        dimensions=(40, 100),
+        encoding=encoding,
+        codec_errors="replace",
+    )
+    child.delaybeforesend = 0.2
+    try:
+        yield child
+    finally:
+        child.close(force=True)
+
+
+def interrupt_prompt(child):
+    """Ctrl-C once the program waits for a line: Python overlooks one that comes while it sets the prompt up."""
+    child.expect("陆星辰：")
+    time.sleep(0.5)
+    child.sendintr()
+
+
+def test_ctrl_c_stops_the_reply_and_not_the_program(tmp_path):
+    with terminal("--no-do-sample") as child:
+        child.expect("陆星辰：")
+        child.sendline("/set max_new_tokens 1500")
+        child.sendline("/set min_new_tokens 1500")
+        child.expect("min_new_tokens=1500")
+        child.sendline("讲个很长的故事")
+        child.expect("苏梦远：.{20}")  # it is written while it grows
+        child.sendintr()
+        child.expect(r"上下文 \d+ / 2,048 token")
+        child.sendline(f"/save {tmp_path}/chat.json")
+        child.expect("saved")
+        child.sendline("/set min_new_tokens 0")
+        child.expect("min_new_tokens=0")
+        child.sendline("你好")
+        child.expect("苏梦远：.*上下文")
+        interrupt_prompt(child)
+        child.expect("press again to leave")
+        child.sendline("/undo")
+        child.expect("撤回了.*你好")
+        interrupt_prompt(child)
+        child.expect("press again to leave")
+        interrupt_prompt(child)
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+    query, partial = json.loads((tmp_path / "chat.json").read_text("utf-8"))["history"][-1]
+    assert query == "讲个很长的故事" and len(partial) >= 20
+
+
+def test_ctrl_d_leaves():
+    with terminal() as child:
+        child.expect("陆星辰：")
+        child.sendeof()
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+
+
+def test_no_control_sequence_of_a_file_reaches_the_terminal(tmp_path):
+    card = {**PERSONA, "bot_name": f"小{TITLE}明", "greeting": "老师[bold]好\x1b[2J"}
+    exported = {"format": "characterglm-chat/1", "session_meta": card, "generation": {}}
+    exported["history"] = [["", "老师[bold]好\x1b[2J"], [f"坐下{TITLE}", "好的"]]
+    (tmp_path / "chat.json").write_text(json.dumps(exported))
+    with terminal("--load", str(tmp_path / "chat.json")) as child:
+        child.expect("好的")
+        shown = child.before
+        child.sendline("/character 小\x16\x1b]0;pwned")  # Ctrl-V: the escape character is typed, not obeyed
+        child.expect("unknown character")
+        shown += child.before
+        child.sendline("stop")
+        child.expect(pexpect.EOF)
+        shown += child.before
+    assert "老师[bold]好�[2J" in shown and "坐下�]0;pwned�" in shown
+    assert "\x1b]" not in shown and "\x1b[2J" not in shown
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"LANG": "C", "PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "TERM": "dumb", "PYTHONIOENCODING": "gbk"}],
+    ids=["ascii", "gbk"],
+)
+def test_terminal_without_utf8(environment):
+    with terminal("--no-do-sample", **environment) as child:
+        child.expect("/exit|/help")
+        child.sendline("hello")
+        child.expect("/ 2,048 token")
+        child.sendline("/help")
+        child.expect("/undo")
+        child.sendline("/exit")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
