@@ -113,9 +113,7 @@ def endless(model, seconds_per_token: float = 0.0) -> Iterator[None]:
 @contextlib.contextmanager
 def before_forward(model, action: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Call `action(input_ids)` before every forward pass."""
-    handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: action(kwargs["input_ids"]), with_kwargs=True
-    )
+    handle = model.register_forward_pre_hook(lambda module, args, kwargs: action(kwargs["input_ids"]), with_kwargs=True)
     try:
         yield
     finally:

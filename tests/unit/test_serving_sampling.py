@@ -37,7 +37,10 @@ def random_scores(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_repetition_penalty_as_in_transformers():
-    scores, prompts = random_scores(3), torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(1))
+    scores, prompts = (
+        random_scores(3),
+        torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(1)),
+    )
     penalties = [1.0, 1.3, 0.5]
     seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, prompts, True)
     ours = penalise_repetition(scores, seen, torch.tensor(penalties)[:, None])
