@@ -79,6 +79,8 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """One-hot rows for `scores` [rows, vocabulary]; rows beyond the known requests are padding."""
+        if not self.states:  # a long prompt is read in several passes, of which only the last gives a token
+            return scores
         rows = scores[: len(self.states)]
         samplings = [state.logit_processor_kwargs["sampling"] for state in self.states]
         seen = torch.stack([s.see(state, rows.shape[1], rows.device) for s, state in zip(samplings, self.states)])
