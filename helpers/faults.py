@@ -154,7 +154,7 @@ KNOWN_ERRORS = (
         "A papermill parameter is misspelt: see the notebook's parameters cell; `python -m helpers run` refuses it.",
     ),
     KnownError(
-        r"(FileNotFoundError|HFValidationError|OSError|不存在).*(/root/autodl-tmp|/home/|/Users/)\S+",
+        r"(FileNotFoundError|HFValidationError|OSError|不存在).*/root/autodl-tmp/\S+",
         "代码里写着别人机器上的路径",
         "用 MODEL='6b' 或 helpers.download_model() 返回的路径",
         "The code holds a path of somebody else's machine: use MODEL='6b', or what helpers.download_model() returns.",
