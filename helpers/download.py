@@ -89,7 +89,7 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _manifest(directory: Path) -> dict[str, dict]:
-    return read_json(directory / MANIFEST)["files"] if (directory / MANIFEST).is_file() else {}
+    return read_json(directory / MANIFEST).get("files", {}) if (directory / MANIFEST).is_file() else {}
 
 
 def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None, *, verify: bool = False) -> Path:
@@ -174,6 +174,7 @@ def _fetch(model_id: str, target: Path, names: list[str]) -> None:
             snapshot_download(model_id, local_dir=str(target), allow_patterns=names)
             return
         except FileDownloadError as error:
+            # A file with the wrong content was fetched three times already.
             wrong = any(isinstance(cause, FileIntegrityError) for cause in error.failed_files.values())
             if wrong or not error.retryable or present() <= before:
                 raise

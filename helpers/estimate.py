@@ -43,7 +43,8 @@ class Estimate:
 
     def row(self) -> dict[str, str]:
         """Each part, the sum and the verdict as text: a row of a table."""
-        row = {name: f"{size / 2**30:.2f}" for name, size in self.parts.items()} | {"合计 GiB": f"{self.gib:.2f}"}
+        row = {name: f"{size / 2**30:.2f}" if size else "-" for name, size in self.parts.items()}
+        row["合计 GiB"] = f"{self.gib:.2f}"
         if self.gpu_gib is not None:
             row[f"{self.gpu_gib:g} GiB 显存"] = "够" if self.fits else "不够"
         if self.seconds is not None:
@@ -91,17 +92,18 @@ def estimate(
     if task == "download":
         size = 2 * parameter_count(config)  # stored in half precision
         return Estimate(task, {"下载": size}, seconds=size * 8 / (mbit_per_second * 1e6))
-    parts = {"权重": weight_bytes(config, width, quantization)}
+    adapter = FLOAT32_BYTES * lora_count(config, lora_rank, lora_targets) if task == "lora" else 0
+    parts = {
+        "权重": weight_bytes(config, width, quantization),
+        "KV cache": _kv_bytes(config, width, batch * tokens) if task == "chat" else 0,
+        "LoRA": adapter,
+        "优化器": 2 * adapter,  # AdamW keeps two moments; the adapter's gradients come after the peak
+        "激活": _dequantized_bytes(config, width, quantization),
+    }
     if task == "chat":
-        parts |= {"KV cache": _kv_bytes(config, width, batch * tokens)}
-        parts |= {
-            "激活": _prefill_bytes(config, width, batch * tokens) + _dequantized_bytes(config, width, quantization)
-        }
+        parts["激活"] += _prefill_bytes(config, width, batch * tokens)
     else:
-        adapter = FLOAT32_BYTES * lora_count(config, lora_rank, lora_targets)
-        parts |= {"LoRA": adapter, "优化器": 2 * adapter}  # AdamW keeps two moments; gradients come after the peak
-        parts |= {"激活": _training_bytes(config, width, batch * tokens, checkpointing, lora_targets)}
-        parts["激活"] += _dequantized_bytes(config, width, quantization)
+        parts["激活"] += _training_bytes(config, width, batch * tokens, checkpointing, lora_targets)
     return Estimate(task, parts, gpu or gpu_gib() or USUAL_GPU_GIB)
 
 

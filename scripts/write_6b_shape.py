@@ -26,7 +26,7 @@ from helpers.download import require_disk_space
 from helpers.loading import NANO_DIR
 from helpers.modeling import CharacterGLMConfig, expected_shapes
 
-FIRST_SHARD = 0.8  # of the bytes: 9.99 GB of 12.5 GB, as in the original
+FIRST_SHARD = 0.8  # of the bytes: about 10 GB of 12.5 GB, as in the original
 STANDARD_DEVIATION = 0.02
 
 

@@ -122,13 +122,3 @@ def stall(after: int, released: threading.Event) -> Fault:
         handler.close_connection = True
 
     return fault
-
-
-def act(action: Callable[[], None]) -> Fault:
-    """Do something on this side first, then answer as usual."""
-
-    def fault(handler: Handler, body: bytes) -> None:
-        action()
-        handler.send_body(body)
-
-    return fault
