@@ -255,6 +255,25 @@ def chat(
     start(model, character, adapter=adapter, file=load, once=once, **generation)
 
 
+@app.command()
+def demo(
+    model: ModelName = "auto",
+    adapter: Adapter = None,
+    host: Annotated[str, typer.Option(help="绑定的地址 [address to bind]")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")] = 6006,
+    password: Annotated[
+        str | None,
+        typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入页面要的密码 [login]"),
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="没有密码也绑定 127.0.0.1 以外的地址 [no login needed]")] = False,
+    language: Annotated[str, typer.Option(help="页面的语言，zh 或 en [language]")] = "zh",
+) -> None:
+    """聊天网页 [web page]"""
+    from .demo.web import serve
+
+    serve(model, adapter=adapter, host=host, port=port, password=password, insecure=insecure, language=language)
+
+
 def main() -> None:
     """Run a command; a problem the reader can fix is one line and exit code 1."""
     try:

@@ -52,14 +52,15 @@ class Conversations:
         self.name = name
         return self.session
 
-    def open(self, content: bytes) -> ChatSession:
-        """Open an exported conversation or a card (JSON or PNG) beside the others, and go to it."""
+    def open(self, content: bytes) -> str:
+        """Open an exported conversation or a card (JSON or PNG) beside the others, go to it, and return its name."""
         session = open_file(self.model, self.tokenizer, content, **self.generation)
         name, number = session.session_meta.bot_name, 2
         while name in self.names:
             name, number = f"{session.session_meta.bot_name} ({number})", number + 1
         self.sessions[name] = session
-        return self.show(name)
+        self.show(name)
+        return name
 
 
 def change_persona(session: ChatSession, card: CharacterCard) -> None:

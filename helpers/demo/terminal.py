@@ -66,7 +66,8 @@ def start(model="auto", character="苏梦远", *, adapter=None, file=None, once=
     content = None if file is None else _read(Path(file))
     conversations = Conversations(*load(model, adapter=adapter), name=character, **generation)
     if content is not None:
-        conversations.open(content).set_generation(**generation)
+        conversations.open(content)
+        conversations.session.set_generation(**generation)
     if once is not None:
         print(plain(conversations.session.send(once)))
     elif sys.stdin.isatty() and sys.stdout.isatty():
