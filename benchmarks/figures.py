@@ -188,8 +188,10 @@ def show(report: dict) -> None:
     table = Table("task", "figure", "value", title=f"{model['name']}, {model['dtype']}, {device['name']}")
     for task in ("load", "chat", "lora"):
         for name, value in report[task].items():
-            gib = name.endswith("_bytes")
-            table.add_row(task, name.replace("_bytes", " GiB"), f"{value / 2**30:.2f}" if gib else f"{value:,.4g}")
+            if name.endswith("_bytes"):
+                table.add_row(task, name.replace("_bytes", " GiB"), f"{value / 2**30:.2f}")
+            else:
+                table.add_row(task, name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
     Console().print(table)
 
 
