@@ -239,7 +239,7 @@ def _describe(error: HelpersError) -> tuple[int, dict]:
 
 def _refused(request: Request, status: int, body: dict, headers: dict | None = None) -> JSONResponse:
     """An error, counted and logged. A reply that had begun has been counted by its exchange."""
-    if not hasattr(request.state, "exchange"):
+    if not hasattr(request.state, "begun"):
         request.app.state.metrics.requests.labels(str(status)).inc()
     logger.info("refused", extra={"path": request.url.path, "status": status, "error": body["error"]["code"]})
     return JSONResponse(body, status, headers=headers)

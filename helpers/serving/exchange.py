@@ -24,7 +24,7 @@ class Exchange:
     def __init__(self, request: Request, stopwatch: Stopwatch, started: Started, stops: Iterable[str]):
         self.id = uuid.uuid4().hex
         self.request, self.stopwatch = request, stopwatch
-        request.state.exchange = self
+        request.state.begun = True
         self.generation, self.prompt_tokens = started.generation, started.prompt_tokens
         self.texts: dict[str, str] = {}  # for the log, if asked for
         self.last = Piece("", 0)

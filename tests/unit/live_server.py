@@ -13,24 +13,27 @@ import uvicorn
 
 from helpers.generation import STOP_IDS, GenerationParameters, PromptCache, Reply
 from helpers.serving.app import create_app
+from helpers.serving.limits import RequestLimits
+from helpers.serving.server import listen
 
 
 class LiveServer:
-    """The application served from a thread of this process, so that a test can look inside."""
+    """The application served from a thread of this process, so that a test can look inside.
 
-    def __init__(self, app):
-        self.app, self.service = app, app.state.service
-        config = uvicorn.Config(app, port=0, access_log=False, log_config=None, timeout_graceful_shutdown=5)
+    Args:
+        limits: for `RequestLimits`, where a test cannot wait for so long.
+    """
+
+    def __init__(self, app, **limits):
+        self.app, self.service, self.listener = app, app.state.service, listen("127.0.0.1", 0)
+        next(m for m in app.user_middleware if m.cls is RequestLimits).kwargs.update(limits)
+        config = uvicorn.Config(app, access_log=False, log_config=None, timeout_graceful_shutdown=5)
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
 
     @property
     def engine(self):
         return self.service.engines[self.service.name]
-
-    @property
-    def port(self) -> int:
-        return self.server.servers[0].sockets[0].getsockname()[1]
 
     @property
     def url(self) -> str:
@@ -52,7 +55,12 @@ class LiveServer:
             or scheduler.waiting_requests
         )
 
+    def connections(self) -> set[int]:
+        """The ports of the clients that are connected."""
+        return {connection.client[1] for connection in list(self.server.server_state.connections)}
+
     def __enter__(self):
+        self.port = self.listener.getsockname()[1]
         self.thread.start()
         wait_until(lambda: self.service.status == "ready" or self.service.failure or not self.thread.is_alive())
         assert self.service.status == "ready", self.service.failure
