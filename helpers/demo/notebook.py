@@ -108,8 +108,7 @@ class ChatPanel:
     def open(self, content: bytes) -> None:
         """Open an exported conversation or a card (JSON or PNG) beside the others, and show it."""
         self._refuse_while_writing()
-        self.conversations.open(content)
-        name = self.conversations.name
+        name = self.conversations.open(content)
         self.view.picker.options = self.conversations.names  # may pick the first
         self.view.picker.value = name
         self._show_conversation()
