@@ -23,3 +23,11 @@ class ChatError(HelpersError, ValueError):
 
 class BusyError(HelpersError, RuntimeError):
     """The session is still writing a reply."""
+
+
+class DataError(HelpersError, ValueError):
+    """Training data cannot be used."""
+
+
+class FinetuneError(HelpersError, RuntimeError):
+    """A training run cannot start or go on; what it had saved is kept."""
