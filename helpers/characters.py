@@ -70,7 +70,7 @@ def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCa
     Raises:
         CharacterError: the file is missing, not JSON, or a card is not valid.
     """
-    cards = _read_json_object(Path(file))
+    cards = read_json_object(Path(file))
     return {name: _validate(CharacterCard, card, f"角色 {name} 的") for name, card in cards.items()}
 
 
@@ -121,7 +121,7 @@ def import_card_v2(card: dict | str | Path) -> CharacterCard:
         CharacterError: not a V2 card, or a field is not valid.
     """
     if not isinstance(card, dict):
-        card = _read_json_object(Path(card))
+        card = read_json_object(Path(card))
     if card.get("spec") != "chara_card_v2":
         raise CharacterError("这不是 character card V2 [not a V2 card]：需要 spec='chara_card_v2'；V1 的卡请先转成 V2")
     data = _validate(_CardData, card.get("data"), "V2 卡 data 的")
@@ -163,7 +163,8 @@ def field_problems(error: ValidationError, whole: str) -> str:
     return "；".join(f"{'.'.join(map(str, e['loc'])) or whole}：{e['msg']}" for e in error.errors())
 
 
-def _read_json_object(file: Path) -> dict:
+def read_json_object(file: Path) -> dict:
+    """The JSON object in `file`; `CharacterError` if it is missing, damaged or something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))  # Windows editors begin a file with a mark
     except FileNotFoundError:

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
-from ..characters import SessionMeta, Unicode, as_session_meta, field_problems
+from ..characters import (
+    SessionMeta,
+    Unicode,
+    as_session_meta,
+    field_problems,
+    import_card_v2,
+    load_characters,
+    read_json_object,
+)
 from ..dialogues import Dialogue
 from ..errors import CharacterError, DataError
 
@@ -161,6 +169,18 @@ def load_samples(file, card=None, *, on_bad_row: Literal["skip", "raise"] = "ski
             samples.append(sample)
     report.refuse(on_bad_row, samples)
     return samples, report
+
+
+def read_card(name_or_file) -> SessionMeta:
+    """A persona by the name of a shipped character, or from a JSON file: the four fields, or a character card V2.
+
+    Raises:
+        CharacterError: no such character or file, or not a valid persona.
+    """
+    if str(name_or_file) in (shipped := load_characters()):
+        return shipped[str(name_or_file)]
+    content = read_json_object(Path(name_or_file))
+    return import_card_v2(content) if "spec" in content else as_session_meta(content)
 
 
 def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
