@@ -71,7 +71,9 @@ def signature_words(replies: list[str], other_replies: list[str], count: int = 8
         if share >= 0.02 and share >= 20 * others.get(word, 1 / (len(other_replies) + 1))
     }
     kept = [
-        word for word in known_by if not any(word in longer and known_by[longer] > 0.9 * known_by[word] for longer in known_by if longer != word)
+        word
+        for word in known_by
+        if not any(word in longer and known_by[longer] > 0.9 * known_by[word] for longer in known_by if longer != word)
     ]
     return kept[:count]
 
@@ -148,7 +150,9 @@ class Comparison:
 
     def counts(self) -> dict[str, dict[str, float]]:
         """For "base" and "tuned": replies in voice, breaking character, repeating themselves, and distinct-2 of all."""
-        return {name: self._count([line[column] for line in self.lines]) for name, column in (("base", 2), ("tuned", 3))}
+        return {
+            name: self._count([line[column] for line in self.lines]) for name, column in (("base", 2), ("tuned", 3))
+        }
 
     def _count(self, replies: list[str]) -> dict[str, float]:
         return {
@@ -168,7 +172,9 @@ class Comparison:
         return f'<td style="text-align:left">{html.escape(text)}</td>'
 
     def __repr__(self) -> str:
-        return "\n".join(f"[用户] {q}\n  数据：{want}\n  base：{base}\n  tuned：{tuned}" for q, want, base, tuned in self.lines)
+        return "\n".join(
+            f"[用户] {q}\n  数据：{want}\n  base：{base}\n  tuned：{tuned}" for q, want, base, tuned in self.lines
+        )
 
 
 def compare(model, tokenizer, dialogues: list[Dialogue], voice: Voice, *, seed: int = 0, **generation) -> Comparison:

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +24,11 @@ from .progress import LiveCurve, LogLines
 BATCH_SIZE = 4
 MANY_PARAMETERS = 1e9
 FILLER = {"input_ids": [0], "labels": [IGNORED]}  # counts for nothing
+# transformers 5 renamed these; the old names are known better, and would lose against a default under the new one.
+NEW_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 NO_EFFECT_ON_RESULT = {"output_dir", "disable_tqdm", "eval_on_start"}
 
 
@@ -36,13 +40,15 @@ def default_learning_rate(model) -> float:
 def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
     """transformers' TrainingArguments with defaults for a LoRA adapter; any field can be `chosen`.
 
-    Half precision and gradient checkpointing follow from the model: bfloat16 or float16 if it was loaded so on a GPU,
-    checkpointing on a GPU for models of more than 1e9 parameters.
+    Half precision and gradient checkpointing (transformers 5: `activation_checkpointing`) follow from the model:
+    bfloat16 or float16 if it was loaded so on a GPU, checkpointing on a GPU for models of more than 1e9 parameters.
+    transformers then lets gradients reach the adapters although everything before them is frozen.
 
     Raises:
         FinetuneError: an unknown field (with the closest known one), or values that transformers refuses.
     """
     refuse_unknown_arguments(chosen)
+    chosen = {NEW_NAMES.get(name, name): value for name, value in chosen.items()}
     on_gpu = model.device.type == "cuda"
     defaults = {
         "num_train_epochs": 3,
@@ -61,8 +67,7 @@ def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
         "greater_is_better": False,
         "bf16": on_gpu and model.dtype == torch.bfloat16,
         "fp16": on_gpu and model.dtype == torch.float16,
-        "gradient_checkpointing": on_gpu and model.num_parameters() > MANY_PARAMETERS,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "activation_checkpointing": on_gpu and model.num_parameters() > MANY_PARAMETERS,
         "logging_nan_inf_filter": False,  # it would hide a NaN loss
         "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,
@@ -187,8 +192,6 @@ def finetune(model, train_rows, eval_rows, output_dir, *, overwrite=False, callb
 
 def make_trainer(model, arguments, train_rows, eval_rows, callbacks) -> LoraTrainer:
     """A `LoraTrainer` that shows its progress, for a model whose only trainable part is its adapter."""
-    if arguments.gradient_checkpointing:
-        model.enable_input_require_grads()  # else no gradient reaches the adapters: everything before them is frozen
     trainer = LoraTrainer(
         model=model,
         args=arguments,
@@ -264,6 +267,6 @@ def out_of_memory_explained(arguments: TrainingArguments):
             f"内存或显存不足 [out of memory]：{text.splitlines()[0][:200]}\n"
             f"按顺序试：per_device_train_batch_size={max(1, arguments.train_batch_size // 2)}（现在 {arguments.train_batch_size}），"
             f"同时 gradient_accumulation_steps={2 * arguments.gradient_accumulation_steps} 保持总批量；"
-            f"gradient_checkpointing=True（现在 {arguments.gradient_checkpointing}）；"
+            f"gradient_checkpointing=True（现在 {arguments.activation_checkpointing}）；"
             "减小 max_length；quantization='nf4' 以 4 bit 加载底模"
         ) from error
