@@ -1,10 +1,14 @@
 """How many more samples a second does LoRA training learn from if rows are not padded to 512 tokens?
 
-The usual lesson's recipe (batch 4, every row padded to 512 tokens) against what `helpers.finetune` does (the same batch,
-rows of similar length together, padded to the longest of the batch, logits only where there is something to learn), and
-against packing (four rows behind each other in one, no padding at all). Same model, data, batch size and precision;
-whole training steps (forward, backward, optimizer); the three in alternating order in one run, after a warm-up.
-Printed: median samples a second and their ratio, on CharacterGLM-Nano in float32, and that all three compute the same loss.
+The usual lesson's recipe (batch 4, every row padded to 512 tokens) against three others on the same batch size:
+
+- rows of similar length together, padded to the longest, logits only from the first learned token on (`pad`);
+- packing: the rows behind each other in one sequence, no padding (transformers' `DataCollatorWithFlattening`);
+- what `helpers.finetune` does: packing with the persona, which all rows begin with, computed once (`share_prefix`).
+
+Same model, data and precision; whole training steps (forward, backward, optimizer); in alternating order in one run,
+after a warm-up. Printed: median samples a second and their ratio, on CharacterGLM-Nano in float32, and the loss on the
+same rows, which must not depend on how they are batched.
 
     python benchmarks/lora.py
     python benchmarks/lora.py --data huanhuan.json --repetitions 9 --threads 1
@@ -24,7 +28,7 @@ from rich.table import Table
 from transformers import DataCollatorWithFlattening
 
 import helpers
-from helpers.finetune import add_lora, collate, describe_lengths, encode_samples, load_samples, read_card
+from helpers.finetune import add_lora, collate, describe_lengths, encode_samples, load_samples, pad, read_card
 from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
 from helpers.finetune.encoding import IGNORED
 from helpers.finetune.training import EpochGroupedSampler
@@ -40,7 +44,7 @@ def main(
     steps: Annotated[int, typer.Option(min=4, help="Training steps of a measurement.")] = 12,
     threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
 ) -> None:
-    """Print samples a second of the three recipes."""
+    """Print samples a second of the recipes."""
     if threads:
         torch.set_num_threads(threads)
     console = Console()
@@ -51,8 +55,9 @@ def main(
     model.config.use_cache = False  # as the Trainer does: training has no use for a KV cache
     recipes = {
         f"padded to {PADDED_TO}": (pad_to_fixed_length, shuffled(rows)),
-        "helpers.finetune": (collate, grouped(rows)),
+        "grouped, padded": (pad, grouped(rows)),
         "packed": (DataCollatorWithFlattening(), grouped(rows)),
+        "helpers.finetune": (collate, grouped(rows)),
     }
     losses = {name: mean_loss(model, batch, rows[:64]) for name, (batch, _) in recipes.items()}
     speeds = measure(model, recipes, repetitions, steps)
@@ -60,7 +65,9 @@ def main(
     slowest = speeds[f"padded to {PADDED_TO}"]
     for name, speed in speeds.items():
         table.add_row(name, f"{speed:.1f}", f"{speed / slowest:.1f}x", f"{losses[name]:.5f}")
-    console.print(f"Median of {repetitions}, CPU, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    console.print(
+        f"Median of {repetitions}, CPU, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     console.print(table)
 
 
@@ -102,9 +109,9 @@ def mean_loss(model, batch, rows: list[dict]) -> float:
     total = count = 0
     with torch.no_grad():
         for start in range(0, len(rows), BATCH):
-            inputs = batch(rows[start : start + BATCH])
-            learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
-            total, count = total + learned * model.eval()(**inputs).loss.item(), count + learned
+            group = rows[start : start + BATCH]
+            learned = sum(label != IGNORED for row in group for label in row["labels"])
+            total, count = total + learned * model.eval()(**batch(group)).loss.item(), count + learned
     return total / count
 
 
@@ -119,7 +126,9 @@ def measure(model, recipes: dict, repetitions: int, steps: int) -> dict[str, flo
     for repetition in range(repetitions + 1):  # the first is the warm-up
         for name in sorted(recipes, reverse=repetition % 2 == 1):
             batch, rows = recipes[name]
-            starts = [(step * repetitions + repetition) * len(rows) // (steps * repetitions + 1) for step in range(steps)]
+            starts = [
+                (step * repetitions + repetition) * len(rows) // (steps * repetitions + 1) for step in range(steps)
+            ]
             seconds = run_steps(model, optimizer, batch, [rows[s - s % BATCH :][:BATCH] for s in starts])
             speeds[name].append(steps * BATCH / seconds)
     return {name: statistics.median(values[1:]) for name, values in speeds.items()}

@@ -7,7 +7,7 @@ finetune(model, encode_samples(tokenizer, training), encode_samples(tokenizer, h
 """
 
 from .data import DataReport, Sample, load_samples, read_card, split_samples
-from .encoding import collate, describe_lengths, encode, encode_samples
+from .encoding import collate, describe_lengths, encode, encode_samples, pad, share_prefix
 from .evaluation import Comparison, Voice, base_ability, compare, perplexity, perplexity_before_and_after
 from .lora import (
     LORA_TARGETS,
@@ -39,12 +39,14 @@ __all__ = [
     "finetune",
     "load_samples",
     "lora_config",
+    "pad",
     "merge_adapter",
     "parameter_table",
     "perplexity",
     "perplexity_before_and_after",
     "plot_losses",
     "read_card",
+    "share_prefix",
     "split_samples",
     "training_arguments",
 ]

@@ -8,10 +8,12 @@ from torch.nn.utils.rnn import pad_sequence
 from ..chat import fit_history
 from ..dialogues import Dialogue
 from ..errors import DataError
+from ..generation import common_prefix_length
 from .data import BadRow, DataReport
 
 IGNORED = -100  # the label that the loss leaves out, in torch and transformers
 MAX_LENGTH = 512
+MAX_PACKED_TOKENS = 4096
 
 
 def encode(tokenizer, dialogue: Dialogue, max_length: int = MAX_LENGTH) -> list[dict]:
@@ -89,11 +91,59 @@ def encode_samples(
 
 
 def collate(rows: list[dict]) -> dict:
-    """A batch, padded on the right to its longest row, with logits only where there is something to learn.
+    """A batch: `share_prefix`, or `pad` where many long rows behind each other would make too large a mask."""
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return share_prefix(rows) if tokens <= MAX_PACKED_TOKENS else pad(rows)
 
-    There is no attention mask: attention is causal, so no real token sees the padding behind it, and without a mask
-    torch takes its fastest attention kernel. `logits_to_keep` lets the model skip its output layer for the positions
-    that all rows spend on the prompt: with 65,024 pieces, that layer is most of the memory of a step.
+
+def share_prefix(rows: list[dict]) -> dict:
+    """All rows of a batch in one sequence: first the tokens that they begin with, once, then the rest of each.
+
+    Rows about one character begin with the same persona, often most of a row. Each token attends to the shared
+    beginning and to its own row, at the position it has in its row, so losses and gradients are those of separate rows.
+    There is no padding, and logits are computed only for the tokens to learn.
+
+    Returns:
+        `input_ids`, `position_ids` (1, T); `attention_mask` (1, 1, T, T), True where a token may look, which needs
+        sdpa attention; `logits_to_keep` (K,), the positions before the K learned tokens; `shift_labels` (1, K), those
+        tokens, and the same as `labels`, without which transformers computes no loss.
+    """
+    shared = _shared_length(rows)
+    ids, positions = rows[0]["input_ids"][:shared], list(range(shared))
+    row_of, targets, predictors = [0] * shared, [], []
+    for number, row in enumerate(rows, start=1):
+        own = range(shared, len(row["input_ids"]))
+        offset = len(ids) - shared  # where a position of this row is in the sequence
+        learned = [position for position in own if row["labels"][position] != IGNORED]
+        targets += [row["labels"][position] for position in learned]
+        predictors += [position - 1 + offset for position in learned]
+        ids, positions, row_of = ids + row["input_ids"][shared:], positions + list(own), row_of + [number] * len(own)
+    rows_of = torch.tensor(row_of)
+    visible = ((rows_of[None] == 0) | (rows_of[None] == rows_of[:, None])).tril()
+    labels = torch.tensor([targets])
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "attention_mask": visible[None, None],
+        "logits_to_keep": torch.tensor(predictors),
+        "labels": labels,
+        "shift_labels": labels,
+    }
+
+
+def _shared_length(rows: list[dict]) -> int:
+    """How many tokens all rows begin with; what predicts a learned token is never shared."""
+    first, last = (extreme(row["input_ids"] for row in rows) for extreme in (min, max))  # these two differ first
+    own = [next((i for i, label in enumerate(row["labels"]) if label != IGNORED), 1) - 1 for row in rows]
+    return min(common_prefix_length(first, last), *own)
+
+
+def pad(rows: list[dict]) -> dict:
+    """A batch, padded on the right to its longest row, for any attention and any loss.
+
+    There is no attention mask: attention is causal, so no real token sees the padding behind it. `logits_to_keep` lets
+    the model skip its output layer for the positions that all rows spend on the prompt: with 65,024 pieces, that layer
+    is most of the memory of a step.
     """
     ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True, padding_value=0)
     labels = pad_sequence([torch.tensor(row["labels"]) for row in rows], batch_first=True, padding_value=IGNORED)

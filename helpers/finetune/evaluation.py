@@ -12,7 +12,7 @@ import torch
 
 from ..chat import chat
 from ..dialogues import Dialogue, load_dialogues
-from .encoding import IGNORED, collate, encode_samples
+from .encoding import IGNORED, collate, encode_samples, pad
 
 ASSISTANT_TALK = ("语言模型", "人工智能助手", "AI助手", "作为一个AI")
 REPEATED_LENGTH = 4  # characters
@@ -26,8 +26,9 @@ def summed_loss(model, rows: list[dict], batch_size: int = 8) -> tuple[float, in
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size])
-        learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+        group = rows[start : start + batch_size]
+        batch = collate(group) if model.config._attn_implementation == "sdpa" else pad(group)
+        learned = sum(label != IGNORED for row in group for label in row["labels"])
         tensors = {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
         total += learned * model(**batch | tensors).loss.item()
         count += learned

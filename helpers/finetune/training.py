@@ -16,7 +16,7 @@ from ..errors import FinetuneError
 from ..loading import ADAPTER_RECORD, base_fingerprint
 from ..receipt import write_json
 from .checkpoints import bytes_needed, last_complete_checkpoint, open_run
-from .encoding import IGNORED, collate
+from .encoding import IGNORED, collate, pad
 from .evaluation import summed_loss
 from .lora import refuse_unmoved
 from .progress import LiveCurve, LogLines
@@ -192,10 +192,11 @@ def finetune(model, train_rows, eval_rows, output_dir, *, overwrite=False, callb
 
 def make_trainer(model, arguments, train_rows, eval_rows, callbacks) -> LoraTrainer:
     """A `LoraTrainer` that shows its progress, for a model whose only trainable part is its adapter."""
+    plain = arguments.label_smoothing_factor or model.config._attn_implementation != "sdpa"  # see `share_prefix`
     trainer = LoraTrainer(
         model=model,
         args=arguments,
-        data_collator=collate,
+        data_collator=pad if plain else collate,
         train_dataset=fill_up(train_rows, arguments),
         eval_dataset=eval_rows,
         callbacks=[LiveCurve() if is_in_notebook() else LogLines(), *callbacks],
