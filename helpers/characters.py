@@ -76,7 +76,7 @@ def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCa
     Raises:
         CharacterError: the file is missing, not JSON, or a card is not valid.
     """
-    cards = _read_json_object(Path(file))
+    cards = read_json_object(Path(file))
     return {name: _validate(CharacterCard, card, f"角色 {name} 的") for name, card in cards.items()}
 
 
@@ -192,7 +192,8 @@ def field_problems(error: ValidationError, whole: str) -> str:
     return "；".join(f"{'.'.join(map(str, e['loc'])) or whole}：{e['msg']}" for e in error.errors())
 
 
-def _read_json_object(file: Path) -> dict:
+def read_json_object(file: Path) -> dict:
+    """The JSON object in `file`; `CharacterError` if it is missing, damaged or something else."""
     return parse_json_object(_read_bytes(file), str(file))
 
 

@@ -1,7 +1,7 @@
-"""What a notebook shows: the prompt as coloured tokens."""
+"""What a notebook shows: a prompt or a training sequence as coloured tokens."""
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .characters import as_session_meta
 from .tokenization import NEWLINE_ID, PREFIX_TOKENS
@@ -14,24 +14,29 @@ TOKEN_KINDS = {
     "bot": ("角色 character", "#d3f4d3"),
     "reply": ("回复从这里开始 reply starts here", "#ffadad"),
 }
+LABEL_KINDS = {
+    "context": ("只读不学 context, label -100", "#e0e0e0"),
+    "learned": ("要学的 learned", "#d3f4d3"),
+}
 
 
 @dataclass(frozen=True)
 class PromptXray:
-    """The tokens of a prompt as (id, piece, kind); shown in colour in a notebook, as lines in a terminal."""
+    """Tokens as (id, piece, kind); shown in colour in a notebook, as lines in a terminal."""
 
     tokens: tuple[tuple[int, str, str], ...]
+    kinds: dict[str, tuple[str, str]] = field(default_factory=lambda: TOKEN_KINDS)  # kind -> (label, background)
 
     def _repr_html_(self) -> str:
-        spans = "".join(_token_html(*token) for token in self.tokens)
-        legend = " ".join(f'<span style="{_style(kind)}">{label}</span>' for kind, (label, _) in TOKEN_KINDS.items())
+        spans = "".join(_token_html(token_id, piece, self.kinds[kind][1]) for token_id, piece, kind in self.tokens)
+        legend = " ".join(f'<span style="{_style(color)}">{label}</span>' for label, color in self.kinds.values())
         return f'<div style="line-height:2">{legend}<br>{spans}</div>'
 
     def __repr__(self) -> str:
         lines, kind_before = [], None
         for token_id, piece, kind in self.tokens:
             if kind != kind_before or (lines and lines[-1].endswith("↵")):
-                lines.append(f"{TOKEN_KINDS[kind][0]}:")
+                lines.append(f"{self.kinds[kind][0]}:")
                 kind_before = kind
             lines[-1] += f" {_visible(token_id, piece)}"
         return "\n".join(lines)
@@ -56,15 +61,22 @@ def prompt_xray(tokenizer, session_meta, messages: list[dict]) -> PromptXray:
     return PromptXray(tuple(tokens))
 
 
+def label_view(tokenizer, row: dict) -> PromptXray:
+    """A training sequence (`input_ids`, `labels`) token by token: what the loss counts, and what is only read."""
+    ids, labels = row["input_ids"], row["labels"]
+    kinds = ["context" if label == -100 else "learned" for label in labels]
+    return PromptXray(tuple(zip(ids, tokenizer.convert_ids_to_tokens(ids), kinds)), LABEL_KINDS)
+
+
 def _visible(token_id: int, piece: str) -> str:
     return "↵" if token_id == NEWLINE_ID else piece.replace("▁", "␣")
 
 
-def _style(kind: str) -> str:
-    return f"background:{TOKEN_KINDS[kind][1]};color:#111;border-radius:3px;padding:1px 2px;margin:0 1px"
+def _style(color: str) -> str:
+    return f"background:{color};color:#111;border-radius:3px;padding:1px 2px;margin:0 1px"
 
 
-def _token_html(token_id: int, piece: str, kind: str) -> str:
+def _token_html(token_id: int, piece: str, color: str) -> str:
     text = html.escape(_visible(token_id, piece))
     end = "<br>" if token_id == NEWLINE_ID else ""
-    return f'<span title="id {token_id}" style="{_style(kind)}">{text}</span>{end}'
+    return f'<span title="id {token_id}" style="{_style(color)}">{text}</span>{end}'

@@ -31,3 +31,11 @@ class OverloadError(HelpersError, RuntimeError):
 
 class EngineError(HelpersError, RuntimeError):
     """The engine stopped before the reply was complete."""
+
+
+class DataError(HelpersError, ValueError):
+    """Training data cannot be used."""
+
+
+class FinetuneError(HelpersError, RuntimeError):
+    """A training run cannot start or go on; what it had saved is kept."""

@@ -1,0 +1,150 @@
+"""How many more samples a second does LoRA training learn from if rows are not padded to 512 tokens?
+
+The usual lesson's recipe (batch 4, every row padded to 512 tokens) against three others on the same batch size:
+
+- rows of similar length together, padded to the longest, logits only from the first learned token on (`pad`);
+- packing: the rows behind each other in one sequence, no padding (transformers' `DataCollatorWithFlattening`);
+- what `helpers.finetune` does: packing with the persona, which all rows begin with, computed once (`share_prefix`).
+
+Same model, data and precision; whole training steps (forward, backward, optimizer); in alternating order in one run,
+after a warm-up. Printed: median samples a second and their ratio, on CharacterGLM-Nano in float32, and the loss on the
+same rows, which must not depend on how they are batched.
+
+    python benchmarks/lora.py
+    python benchmarks/lora.py --data huanhuan.json --repetitions 9 --threads 1
+
+`--data` is the instruction set that readers of the lesson bring along; without it the project's own set is used.
+"""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import DataCollatorWithFlattening
+
+import helpers
+from helpers.finetune import add_lora, collate, describe_lengths, encode_samples, load_samples, pad, read_card
+from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
+from helpers.finetune.encoding import IGNORED
+from helpers.finetune.training import EpochGroupedSampler
+
+HUANHUAN = Path(__file__).parents[2] / "shared" / "data" / "huanhuan.json"
+HUANHUAN_CARD = {"bot_name": "甄嬛", "bot_info": "皇帝身边的女人。", "user_name": "用户"}
+BATCH, PADDED_TO = 4, 512
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Instruction data, by default huanhuan.json if it is there.")] = HUANHUAN,
+    repetitions: Annotated[int, typer.Option(min=5, help="Times each recipe is measured.")] = 7,
+    steps: Annotated[int, typer.Option(min=4, help="Training steps of a measurement.")] = 12,
+    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
+) -> None:
+    """Print samples a second of the recipes."""
+    if threads:
+        torch.set_num_threads(threads)
+    console = Console()
+    model, tokenizer = helpers.load("nano", device_map="cpu", dtype="float32")
+    rows = read_rows(data, tokenizer, console)
+    torch.manual_seed(0)
+    model = add_lora(model)
+    model.config.use_cache = False  # as the Trainer does: training has no use for a KV cache
+    recipes = {
+        f"padded to {PADDED_TO}": (pad_to_fixed_length, shuffled(rows)),
+        "grouped, padded": (pad, grouped(rows)),
+        "packed": (DataCollatorWithFlattening(), grouped(rows)),
+        "helpers.finetune": (collate, grouped(rows)),
+    }
+    losses = {name: mean_loss(model, batch, rows[:64]) for name, (batch, _) in recipes.items()}
+    speeds = measure(model, recipes, repetitions, steps)
+    table = Table("recipe", "samples/s", "ratio", "loss per token of the same 64 rows")
+    slowest = speeds[f"padded to {PADDED_TO}"]
+    for name, speed in speeds.items():
+        table.add_row(name, f"{speed:.1f}", f"{speed / slowest:.1f}x", f"{losses[name]:.5f}")
+    console.print(
+        f"Median of {repetitions}, CPU, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    console.print(table)
+
+
+def read_rows(data: Path, tokenizer, console: Console) -> list[dict]:
+    """The sequences of a data file; of the project's own set if there is no such file."""
+    card = HUANHUAN_CARD
+    if not data.exists():
+        console.print(f"{data.name} is not on this machine: the project's own set is used")
+        data, card = DEFAULT_DATA, read_card(DEFAULT_CARD)
+    samples, report = load_samples(data, card)
+    rows = encode_samples(tokenizer, samples, PADDED_TO, report)
+    console.print(report, describe_lengths(rows, PADDED_TO))
+    return rows
+
+
+def pad_to_fixed_length(rows: list[dict]) -> dict:
+    """The lesson's batch: every row filled up to 512 tokens, with an attention mask."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    return {
+        "input_ids": torch.tensor([r["input_ids"] + [0] * (PADDED_TO - n) for r, n in zip(rows, lengths)]),
+        "labels": torch.tensor([r["labels"] + [IGNORED] * (PADDED_TO - n) for r, n in zip(rows, lengths)]),
+        "attention_mask": torch.tensor([[1] * n + [0] * (PADDED_TO - n) for n in lengths]),
+    }
+
+
+def shuffled(rows: list[dict]) -> list[dict]:
+    """Rows in random order, the same every time."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return [rows[i] for i in order]
+
+
+def grouped(rows: list[dict]) -> list[dict]:
+    """Rows in the order in which `helpers.finetune` takes them."""
+    return [rows[i] for i in EpochGroupedSampler(BATCH, [len(row["input_ids"]) for row in rows], seed=0)]
+
+
+def mean_loss(model, batch, rows: list[dict]) -> float:
+    """Loss per learned token without dropout: it must not depend on how rows are batched."""
+    total = count = 0
+    with torch.no_grad():
+        for start in range(0, len(rows), BATCH):
+            group = rows[start : start + BATCH]
+            learned = sum(label != IGNORED for row in group for label in row["labels"])
+            total, count = total + learned * model.eval()(**batch(group)).loss.item(), count + learned
+    return total / count
+
+
+def measure(model, recipes: dict, repetitions: int, steps: int) -> dict[str, float]:
+    """Median samples a second of each recipe.
+
+    A measurement takes its batches from all over the data, so that long and short rows have their share; every recipe
+    runs on the same share of the batches of its own order.
+    """
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    speeds: dict[str, list[float]] = {name: [] for name in recipes}
+    for repetition in range(repetitions + 1):  # the first is the warm-up
+        for name in sorted(recipes, reverse=repetition % 2 == 1):
+            batch, rows = recipes[name]
+            starts = [
+                (step * repetitions + repetition) * len(rows) // (steps * repetitions + 1) for step in range(steps)
+            ]
+            seconds = run_steps(model, optimizer, batch, [rows[s - s % BATCH :][:BATCH] for s in starts])
+            speeds[name].append(steps * BATCH / seconds)
+    return {name: statistics.median(values[1:]) for name, values in speeds.items()}
+
+
+def run_steps(model, optimizer, batch, groups: list[list[dict]]) -> float:
+    """Seconds for one training step on each group of rows."""
+    model.train()
+    start = time.perf_counter()
+    for rows in groups:
+        model(**batch(rows)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,8 @@
+"""`accelerate launch -m helpers.finetune ...` is `python -m helpers finetune ...` in several processes."""
+
+import sys
+
+from helpers.__main__ import main
+
+sys.argv.insert(1, "finetune")
+main()

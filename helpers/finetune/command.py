@@ -1,0 +1,89 @@
+"""`python -m helpers finetune`: from a model's name and a data file to an adapter."""
+
+import os
+from pathlib import Path
+
+from transformers import set_seed
+
+from ..errors import FinetuneError
+from ..loading import load
+from ..receipt import PROJECT_DIR
+from .data import load_samples, read_card, split_samples
+from .encoding import describe_lengths, encode_samples
+from .evaluation import perplexity_before_and_after
+from .lora import add_lora, merge_adapter
+from .training import finetune, refuse_unknown_arguments
+
+DEFAULT_DATA = PROJECT_DIR / "data" / "lora" / "lu_zhishen.jsonl"
+DEFAULT_CARD = PROJECT_DIR / "data" / "lora" / "lu_zhishen_card.json"
+
+
+def run_finetune(
+    model,
+    data,
+    card,
+    output_dir,
+    lora: dict,
+    training: dict,
+    *,
+    max_length: int = 512,
+    quantization: str | None = None,
+    on_bad_row: str = "skip",
+    overwrite: bool = False,
+    merge_to=None,
+) -> dict:
+    """Read, load, train, report; what can be wrong is checked before the model is loaded where possible.
+
+    Args:
+        data: a file for `load_samples`; None: the shipped set, with its card.
+        card: see `read_card`; None: every row brings its own persona.
+        lora: arguments of `add_lora`.
+        training: fields of TrainingArguments.
+        merge_to: a directory for the merged model.
+
+    Returns:
+        The result of `finetune`.
+    """
+    if merge_to is not None and quantization is not None:
+        raise FinetuneError(
+            "量化的底模不能合并 [cannot merge into a quantised base]：去掉 --merge-to，训练后以半精度重新加载再合并"
+        )
+    refuse_unknown_arguments(training)
+    card = DEFAULT_CARD if data is None and card is None else card
+    samples, report = load_samples(
+        data or DEFAULT_DATA, None if card is None else read_card(card), on_bad_row=on_bad_row
+    )
+    loaded, tokenizer = load(model, device_map=training_device(), quantization=quantization)
+    train_rows, eval_rows = (
+        encode_samples(tokenizer, part, max_length, report, on_bad_row) for part in split_samples(samples)
+    )
+    say(report)
+    say(f"训练集 [training]：{describe_lengths(train_rows)}\n留出集 [held out]：{describe_lengths(eval_rows)}")
+    set_seed(training.get("seed", 0))
+    tuned = add_lora(loaded, **lora)
+    trainable, total = tuned.get_nb_trainable_parameters()
+    say(f"可训练参数 [trainable]：{trainable:,} / {total:,}（{trainable / total:.2%}）")
+    result = finetune(tuned, train_rows, eval_rows, output_dir, overwrite=overwrite, **training)
+    before, after = perplexity_before_and_after(tuned, eval_rows)
+    say(f"留出集困惑度 [held-out perplexity]：{before:.1f} -> {after:.1f}。adapter 在 {output_dir}")
+    if merge_to is not None and is_main_process():
+        say(f"合并后的模型 [merged model]：{merge_adapter(tuned, tokenizer, Path(merge_to))}")
+    return result
+
+
+def training_device():
+    """The `device_map` to train on: one process uses one GPU, its own under `accelerate launch`."""
+    import torch
+
+    return {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else "auto"
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of several."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(text) -> None:
+    """Print from the main process only."""
+    if is_main_process():
+        print(text, flush=True)

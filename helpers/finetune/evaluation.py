@@ -1,0 +1,191 @@
+"""What fine-tuning changed: held-out perplexity, replies side by side, repetition, and falling out of character."""
+
+import html
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from ..chat import chat
+from ..dialogues import Dialogue, load_dialogues
+from .encoding import IGNORED, collate, encode_samples, pad
+
+ASSISTANT_TALK = ("语言模型", "人工智能助手", "AI助手", "作为一个AI")
+REPEATED_LENGTH = 4  # characters
+CHINESE = re.compile(r"[\u4e00-\u9fff]+")
+
+
+@torch.no_grad()
+def summed_loss(model, rows: list[dict], batch_size: int = 8) -> tuple[float, int]:
+    """(sum of the losses of all learned tokens in nats, number of those tokens), the model in evaluation mode."""
+    model.eval()
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        group = rows[start : start + batch_size]
+        batch = collate(group) if model.config._attn_implementation == "sdpa" else pad(group)
+        learned = sum(label != IGNORED for row in group for label in row["labels"])
+        tensors = {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
+        total += learned * model(**batch | tensors).loss.item()
+        count += learned
+    return total, count
+
+
+def perplexity(model, rows: list[dict], batch_size: int = 8) -> float:
+    """exp of the mean loss of a learned token: among how many equally likely tokens the model hesitates."""
+    total, count = summed_loss(model, rows, batch_size)
+    return math.exp(total / count)
+
+
+def base_only(model):
+    """A context in which a model with an adapter computes as its base."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+def perplexity_before_and_after(model, rows: list[dict], batch_size: int = 8) -> tuple[float, float]:
+    """Perplexity of the base and of the tuned model on the same rows."""
+    with base_only(model):
+        before = perplexity(model, rows, batch_size)
+    return before, perplexity(model, rows, batch_size)
+
+
+def base_ability(model, tokenizer, limit: int = 100) -> tuple[float, float]:
+    """Perplexity before and after on held-out dialogues of the shipped characters: what tuning made the model forget."""
+    held_out = [dialogue for dialogue in load_dialogues() if dialogue.held_out]
+    step = max(1, len(held_out) // limit)  # spread over all characters
+    return perplexity_before_and_after(model, encode_samples(tokenizer, held_out[::step]))
+
+
+def signature_words(replies: list[str], other_replies: list[str], count: int = 8) -> list[str]:
+    """The words by which a character is known: in at least 2 % of its replies, and there 20 times as often as elsewhere.
+
+    A word is any 2 or 3 Chinese characters in a row; one that is part of another one as frequent is left out.
+    """
+    own, others = _document_frequency(replies), _document_frequency(other_replies)
+    known_by = {
+        word: share
+        for word, share in own.most_common()
+        if share >= 0.02 and share >= 20 * others.get(word, 1 / (len(other_replies) + 1))
+    }
+    kept = [
+        word
+        for word in known_by
+        if not any(word in longer and known_by[longer] > 0.9 * known_by[word] for longer in known_by if longer != word)
+    ]
+    return kept[:count]
+
+
+def _document_frequency(replies: list[str]) -> Counter:
+    """Share of the replies in which each run of 2 or 3 Chinese characters occurs."""
+    counts = Counter(word for reply in replies for word in _words(reply))
+    return Counter({word: count / len(replies) for word, count in counts.items()})
+
+
+def _words(reply: str) -> set[str]:
+    return {run[i : i + n] for run in CHINESE.findall(reply) for n in (2, 3) for i in range(len(run) - n + 1)}
+
+
+def other_characters_words(bot_name: str, replies: list[str]) -> dict[str, list[str]]:
+    """Of every shipped character but `bot_name`: its name, and its signature words that `replies` never use."""
+    dialogues = [dialogue for dialogue in load_dialogues() if dialogue.card.bot_name != bot_name]
+    said: dict[str, list[str]] = {}
+    for dialogue in dialogues:
+        said.setdefault(dialogue.card.bot_name, []).extend(reply for _, reply in dialogue.history)
+    words = {}
+    for name, own in said.items():
+        others = [reply for other, texts in said.items() if other != name for reply in texts]
+        candidates = [f"我是{name}", *signature_words(own, others)]
+        words[name] = [word for word in candidates if not any(word in reply for reply in replies)]
+    return words
+
+
+def repeats_itself(reply: str) -> bool:
+    """Whether some 4 characters in a row occur twice in the reply."""
+    runs = [reply[i : i + REPEATED_LENGTH] for i in range(len(reply) - REPEATED_LENGTH + 1)]
+    return len(set(runs)) < len(runs)
+
+
+def distinct_2(replies: Iterable[str]) -> float:
+    """Different pairs of neighbouring characters, as a share of all pairs in the replies; 1 is the most varied."""
+    pairs = [reply[i : i + 2] for reply in replies for i in range(len(reply) - 1)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How to tell a character by its replies.
+
+    A reply is in voice if it contains one of `own_words`. It breaks character if it contains a word of somebody else
+    (`other_words`) or talks like an assistant. A reply may be neither: plain words that anybody could say.
+    """
+
+    own_words: tuple[str, ...]
+    other_words: tuple[str, ...]
+
+    @classmethod
+    def learn(cls, bot_name: str, replies: list[str]) -> "Voice":
+        """From the character's training replies and the dialogues of the shipped characters."""
+        others = [reply for d in load_dialogues() if d.card.bot_name != bot_name for _, reply in d.history]
+        words = other_characters_words(bot_name, replies)
+        return cls(tuple(signature_words(replies, others)), tuple(word for known in words.values() for word in known))
+
+    def in_voice(self, reply: str) -> bool:
+        """Whether the reply has a word that is the character's own."""
+        return any(word in reply for word in self.own_words)
+
+    def breaks_character(self, reply: str) -> bool:
+        """Whether the reply speaks as somebody else, or as an assistant."""
+        return any(word in reply for word in (*self.other_words, *ASSISTANT_TALK))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Replies of base and tuned model to the same held-out lines; a table in a notebook."""
+
+    voice: Voice
+    lines: list[tuple[str, str, str, str]]  # what the user says, the reply in the data, the base's, the tuned model's
+
+    def counts(self) -> dict[str, dict[str, float]]:
+        """For "base" and "tuned": replies in voice, breaking character, repeating themselves, and distinct-2 of all."""
+        return {
+            name: self._count([line[column] for line in self.lines]) for name, column in (("base", 2), ("tuned", 3))
+        }
+
+    def _count(self, replies: list[str]) -> dict[str, float]:
+        return {
+            "replies": len(replies),
+            "in_voice": sum(map(self.voice.in_voice, replies)),
+            "breaks_character": sum(map(self.voice.breaks_character, replies)),
+            "repeats_itself": sum(map(repeats_itself, replies)),
+            "distinct_2": round(distinct_2(replies), 3),
+        }
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{title}</th>" for title in ("用户", "数据里的回答", "微调前 base", "微调后 tuned"))
+        rows = "".join(f"<tr>{''.join(map(self._cell, line))}</tr>" for line in self.lines)
+        return f'<table style="text-align:left"><tr>{head}</tr>{rows}</table>'
+
+    def _cell(self, text: str) -> str:
+        return f'<td style="text-align:left">{html.escape(text)}</td>'
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            f"[用户] {q}\n  数据：{want}\n  base：{base}\n  tuned：{tuned}" for q, want, base, tuned in self.lines
+        )
+
+
+def compare(model, tokenizer, dialogues: list[Dialogue], voice: Voice, *, seed: int = 0, **generation) -> Comparison:
+    """What base and tuned model answer to the last line of each dialogue, line i with seed `seed + i` on both sides."""
+    lines = []
+    for position, dialogue in enumerate(dialogues):
+        query, wanted = dialogue.history[-1]
+        options = {"history": dialogue.history[:-1], "seed": seed + position, **generation}
+        with base_only(model):
+            base, _ = chat(model, tokenizer, dialogue.card, query, **options)
+        tuned, _ = chat(model, tokenizer, dialogue.card, query, **options)
+        lines.append((query, wanted, base, tuned))
+    return Comparison(voice, lines)

@@ -1,0 +1,120 @@
+"""LoRA on CharacterGLM: where the small matrices go, how many parameters that is, and merging them back.
+
+A LoRA layer computes `W x + (alpha / r) B A x`: W is frozen, A has the shape (r, in) and starts random, B has the shape
+(out, r) and starts at zero. So a new adapter changes nothing, and training has r (in + out) parameters instead of in * out.
+"""
+
+import warnings
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model, inject_adapter_in_model, prepare_model_for_kbit_training
+
+from ..errors import FinetuneError
+from ..modeling import CharacterGLMConfig, CharacterGLMForCausalLM
+
+# The original code has one fused query_key_value; here it is three layers, each with an A and a B of its own.
+LORA_TARGETS = {
+    "qkv": ["q_proj", "k_proj", "v_proj"],
+    "qv": ["q_proj", "v_proj"],
+    "all-linear": "all-linear",  # every linear layer but the output layer
+}
+
+
+def lora_config(targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: float = 0.1) -> LoraConfig:
+    """PEFT's configuration.
+
+    Args:
+        targets: a key of `LORA_TARGETS`.
+        r: rank, the inner size of B A: more can be learned, and forgotten.
+        alpha: B A is scaled by alpha / r, so that a change of r needs no other learning rate.
+        dropout: share of the inputs of A set to zero while training.
+
+    Raises:
+        FinetuneError: unknown targets or a senseless value.
+    """
+    if targets not in LORA_TARGETS:
+        raise FinetuneError(f"不认识的 targets [unknown targets]：{targets!r}，可选 {'、'.join(LORA_TARGETS)}")
+    if not (isinstance(r, int) and r > 0 and alpha > 0 and 0 <= dropout < 1):
+        raise FinetuneError(
+            f"LoRA 参数没有意义 [invalid LoRA parameter]：r={r!r}、alpha={alpha!r} 应大于 0，dropout={dropout!r} 应在 0 到 1 之间"
+        )
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        target_modules=LORA_TARGETS[targets],
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+    )
+
+
+def add_lora(model, targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: float = 0.1):
+    """`model` with a new LoRA adapter, the only thing that is trained. Seed torch before: A starts random.
+
+    A model quantised with bitsandbytes is prepared for training first. Raises as `lora_config`.
+    """
+    config = lora_config(targets, r, alpha, dropout)
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the trainer decides that
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks by the old name
+        return get_peft_model(model, config)
+
+
+def count_lora_parameters(config: CharacterGLMConfig, targets: str = "qkv", r: int = 8) -> int:
+    """Trainable parameters of an adapter on a model of this shape, counted on a model without memory (meta device)."""
+    with torch.device("meta"):
+        model = CharacterGLMForCausalLM(deepcopy(config))
+        return _count_trainable(inject_adapter_in_model(lora_config(targets, r), model))
+
+
+def count_fused_lora_parameters(config: CharacterGLMConfig, r: int = 8) -> int:
+    """The same for the original code's fused query_key_value: q, k and v then share one A, and B has all their rows."""
+    rows = config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
+    with torch.device("meta"):
+        layers = [
+            torch.nn.ModuleDict({"query_key_value": torch.nn.Linear(config.hidden_size, rows)})
+            for _ in range(config.num_hidden_layers)
+        ]
+        fused = LoraConfig(target_modules=["query_key_value"], r=r)
+        return _count_trainable(inject_adapter_in_model(fused, torch.nn.ModuleList(layers)))
+
+
+def parameter_table(config: CharacterGLMConfig, ranks=(1, 4, 8, 16, 32, 64)) -> list[dict]:
+    """A row a rank: trainable parameters for every choice of targets, and for the original's fused layer."""
+    return [
+        {"r": r}
+        | {targets: count_lora_parameters(config, targets, r) for targets in LORA_TARGETS}
+        | {"fused query_key_value": count_fused_lora_parameters(config, r)}
+        for r in ranks
+    ]
+
+
+def _count_trainable(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def refuse_unmoved(model) -> None:
+    """Raise `FinetuneError` if some lora_B is still zero, its starting value: training then had no effect there."""
+    unmoved = [name for name, weight in model.named_parameters() if "lora_B" in name and not weight.any()]
+    if unmoved:
+        raise FinetuneError(
+            f"LoRA 没有学到东西 [lora_B is still zero]：{len(unmoved)} 个 lora_B 还是初始值 0，例如 {unmoved[0]}。"
+            "常见原因：学习率是 0、数据里没有要学的 token，或 gradient checkpointing 切断了梯度"
+        )
+
+
+def merge_adapter(model, tokenizer, directory: str | Path) -> Path:
+    """Add the adapter to the weights of the base and save both as an ordinary model directory in the original layout.
+
+    `model` loses its adapter: it is the merged model afterwards. A quantised base should be loaded again in half
+    precision for this.
+    """
+    if getattr(model, "is_quantized", False):
+        raise FinetuneError("量化的底模不能合并 [cannot merge into a quantised base]：请以半精度重新加载底模和 adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return Path(directory)
