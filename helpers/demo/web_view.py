@@ -16,10 +16,7 @@ from .visitors import Writer
 TEXTS = {
     "title": ("CharacterGLM 角色扮演", "Role play with CharacterGLM"),
     "character": ("角色", "Character"),
-    "message": (
-        "说点什么…（Enter 发送，Shift+Enter 换行）",
-        "Say something… (Enter sends, Shift+Enter breaks the line)",
-    ),
+    "message": ("说点什么…（Enter 发送）", "Say something… (Enter sends)"),
     "send": ("发送", "Send"),
     "stop": ("停止", "Stop"),
     "regenerate": ("重说", "Regenerate"),
@@ -48,22 +45,22 @@ REFRESH_SECONDS = 1.0  # how soon a tab sees what was said in another one
 
 # Only fonts of the reader's own machine: Gradio's default theme brings files, other themes ask Google.
 SANS = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
-THEME = gr.themes.Default(font=SANS, font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Default(primary_hue="blue", font=SANS, font_mono=["ui-monospace", "monospace"])
 # The bubbles are those of the notebook; here Gradio's colours carry the theme, light or dark.
 HEAD = f"""{STYLE}<style>
-.cg-scroll{{--jp-ui-font-color0:var(--body-text-color);--jp-ui-font-color1:var(--body-text-color-subdued);
-  --jp-layout-color1:var(--background-fill-primary);--jp-layout-color2:var(--background-fill-secondary);
-  --jp-brand-color1:var(--color-accent);--jp-border-color2:var(--border-color-primary)}}
-.cg-scroll{{height:max(280px,calc(100vh - 330px));overflow:hidden auto;padding:8px 12px;border-radius:8px;
+.cg-scroll{{--jp-ui-font-color0:var(--body-text-color);--jp-brand-color1:var(--color-accent);
+  --jp-layout-color1:var(--background-fill-primary);
+  --jp-layout-color2:color-mix(in srgb,var(--body-text-color) 10%,var(--background-fill-primary));
+  height:max(280px,calc(100vh - 390px));overflow:hidden auto;padding:8px 12px;border-radius:8px;
   border:1px solid var(--border-color-primary);background:var(--background-fill-primary);
   flex-direction:column-reverse!important;flex-wrap:nowrap!important;gap:0!important}}
-.cg-scroll>*{{flex:0 0 auto!important;overflow:visible!important}}
+.cg-scroll>*{{flex:0 0 auto!important;overflow:visible!important;min-height:0!important}}
 .cg-scroll .cg-message{{font-size:15px}}
 .cg-line{{--jp-error-color1:var(--error-text-color,#b00020);--jp-ui-font-color1:var(--body-text-color-subdued)}}
+.cg-line progress{{accent-color:var(--color-accent);width:120px}}
 .cg-links{{--jp-content-link-color:var(--link-text-color);line-height:2}}
-.cg-buttons{{flex-wrap:wrap!important}}
-.cg-buttons>*{{flex:0 1 auto!important;min-width:64px!important}}
-.cg-position{{text-align:center;line-height:2.2}}
+.cg-buttons{{flex-wrap:wrap!important;gap:8px!important;align-items:center}}
+.cg-buttons>*{{flex:0 1 auto!important;min-width:44px!important;width:auto!important}}
 </style>"""
 
 
@@ -106,7 +103,7 @@ class WebView:
             self.stop = self._button("stop", "stop")
             self.regenerate = self._button("regenerate")
             self.previous = gr.Button("‹", size="md", elem_id="previous")
-            self.position = gr.HTML(elem_classes="cg-position", elem_id="position")
+            self.position = gr.HTML(elem_id="position")
             self.next = gr.Button("›", size="md", elem_id="next")
             self.undo, self.edit, self.clear = self._button("undo"), self._button("edit"), self._button("clear")
         with gr.Group(visible=False) as self.editor:
@@ -152,7 +149,7 @@ class WebView:
             **{button: gr.update(interactive=idle) for button in while_idle},
             self.stop: gr.update(interactive=not idle),
             **{button: gr.update(visible=several, interactive=idle) for button in (self.previous, self.next)},
-            self.position: gr.update(f"{session.alternative + 1}/{len(session.alternatives)}", visible=several),
+            self.position: gr.update(value=f"{session.alternative + 1}/{len(session.alternatives)}", visible=several),
             self.meter: self._meter(session),
             **self.error(writer.problem),
         }
@@ -188,14 +185,14 @@ class WebView:
 
     def error(self, text: str) -> dict:
         """A problem below the conversation; an empty text takes it away."""
-        return {self.problem: gr.update(notice(text, "error") if text else "", visible=bool(text))}
+        return {self.problem: gr.update(value=notice(text, "error") if text else "", visible=bool(text))}
 
     def editing(self, session: ChatSession) -> dict:
         """The form with both sides of the last exchange; a greeting has no query to change."""
         query, response = session.history[-1]
         return {
             self.editor: gr.update(visible=True),
-            self.query: gr.update(query, visible=bool(query)),
+            self.query: gr.update(value=query, visible=bool(query)),
             self.response: response,
         }
 
