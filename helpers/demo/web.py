@@ -312,7 +312,8 @@ class WebDemo:
     def __init__(self, app: FastAPI, listener: socket.socket):
         host, self.port = listener.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        # "critical": an open page keeps a connection, whose end at `stop` uvicorn would report as an error.
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="web demo", daemon=True)
         self._thread.start()
         while not self._server.started and self._thread.is_alive():

@@ -3,19 +3,20 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import find_browser, new_page, running_lab, write_setting
+from conftest import PROJECT_DIR, find_browser, new_page, running_lab, write_setting
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import expect
+from test_lab import IDLE, open_notebook, run_all, scroll_through, use_nano
 
 import helpers
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-IDLE = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
 THEMES = "@jupyterlab/apputils-extension:themes"
 ATTACK = "<img src=http://example.invalid/x.png onerror=window.hit=1>"
 SETUP = """\
@@ -292,6 +293,11 @@ def test_looks_right_in_the_dark_and_in_a_narrow_window(lab, page, name, theme, 
         if part.is_visible() and (box := part.bounding_box()):
             assert log["x"] - 2 <= box["x"] and box["x"] + box["width"] <= log["x"] + log["width"] + 2
     assert contrast(page, ".cg-bot") > 4.5 and contrast(page, ".cg-user") > 4.5
+    keep_screenshot(page, name)
+
+
+def keep_screenshot(page, name: str) -> None:
+    """Write a picture of what is seen into $SCREENSHOTS, if that is set."""
     if folder := os.environ.get("SCREENSHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         page.screenshot(path=f"{folder}/panel_{name}.png")
@@ -314,3 +320,27 @@ def contrast(page, selector: str) -> float:
         }"""
     )
     return (max(colours) + 0.05) / (min(colours) + 0.05)
+
+
+def test_notebook_03_runs_and_its_panel_shows_the_scripted_conversation(tmp_path, page):
+    shutil.copytree(PROJECT_DIR / "notebooks", tmp_path / "notebooks")
+    with running_lab(tmp_path) as address:
+        open_notebook(page, address, "03_chat_demo.ipynb")
+        use_nano(page)
+        run_all(page)
+        scroll_through(page)
+        log = page.locator(".cg-log")
+        page.keyboard.press("Control+b")  # closes the list of files
+        for _ in range(3):  # cells are drawn as they come into view, which moves those below
+            log.scroll_into_view_if_needed()
+            page.wait_for_timeout(500)
+        keep_screenshot(page, "notebook03")
+        expect(log.locator(".cg-message")).to_have_count(7)
+        assert messages(page)[1::2] == ["你好呀", "最近在忙些什么", "给我讲个故事吧"]
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(1500)
+        content = page.request.get(f"{address}/api/contents/notebooks/03_chat_demo.ipynb").json()["content"]
+    outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert "全部通过" in json.dumps(outputs, ensure_ascii=False)
+    assert not page.outside_requests and not page.console_errors

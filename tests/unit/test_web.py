@@ -1,0 +1,535 @@
+"""The web face without a browser: a real server on 127.0.0.1 with CharacterGLM-Nano, and Gradio's own client, which
+keeps a session as a tab does."""
+
+import base64
+import html
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AuthenticationError
+from gradio_client.utils import SKIP_COMPONENTS
+
+import helpers
+from helpers.demo import visitors as visitors_module
+from helpers.demo.conversations import Conversations
+from helpers.demo.visitors import Visitors
+from helpers.demo.web import WebDemo, launch, mount
+from helpers.errors import BusyError, HelpersError
+from helpers.network import free_port, listen
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+ATTACK = "<img src='http://example.invalid/x.png' onerror=\"window.hit=1\"><script>hit()</script>&amp;"
+LOCAL = {"127.0.0.1", "::1", "localhost"}
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return helpers.load("nano", dtype="float32", device_map="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def connections():
+    """Where this process, server and client, connects to."""
+    hosts, patch = [], pytest.MonkeyPatch()
+    for name in ("connect", "connect_ex"):
+        original = getattr(socket.socket, name)
+
+        def connect(self, address, original=original):
+            if isinstance(address, tuple):
+                hosts.append(address[0])
+            return original(self, address)
+
+        patch.setattr(socket.socket, name, connect)
+    yield hosts
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def url(nano):
+    with launch(*nano, port=0, **GREEDY) as demo:
+        yield demo.url
+
+
+class Tab:
+    """One tab: calls what the components call and keeps what they then show."""
+
+    def __init__(self, url, key="", **options):
+        self.client = Client(url, verbose=False, **options)
+        types = {component["id"]: component for component in self.client.config["components"]}
+        event = next(event for event in self.client.config["dependencies"] if event["api_name"] == "open")
+        outputs = [types[output] for output in event["outputs"] if types[output]["type"] not in SKIP_COMPONENTS]
+        self.names = [output["props"].get("elem_id") or output["type"] for output in outputs]
+        self.shown, self.steps = {}, []
+        self("open", key)
+        self.key = self.shown["browserstate"]
+
+    def __call__(self, name, *values):
+        return self.end(self.begin(name, *values))
+
+    def begin(self, name, *values):
+        return self.client.submit(*values, api_name=f"/{name}")
+
+    def end(self, job):
+        job.result(timeout=120)
+        self.steps = job.outputs()
+        for step in self.steps:
+            for name, value in zip(self.names, step):
+                if not isinstance(value, dict):
+                    self.shown[name] = value
+                elif "value" in value:
+                    self.shown[name] = value["value"]
+        return self
+
+    def texts(self):
+        """The messages in the conversation, oldest first."""
+        return messages(self.shown["log"])
+
+    def problem(self):
+        return html.unescape(re.sub("<[^>]*>", "", self.shown["problem"]))
+
+    def files(self):
+        links = re.findall(r'download="([^"]+)" href="data:[^;]*;base64,([^"]*)"', self.shown["links"])
+        return {html.unescape(name): base64.b64decode(content) for name, content in links}
+
+
+def messages(log):
+    return [html.unescape(text) for text in re.findall(r'<div class="cg-name">[^<]*</div>([^<]*)</div>', log)]
+
+
+@pytest.fixture
+def tab(url):
+    return Tab(url)
+
+
+@contextmanager
+def slow(model, seconds=0.05):
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+# --- talking
+
+
+def test_send_answers_as_helpers_chat(tab, nano):
+    card = helpers.get_character("苏梦远")
+    assert tab.texts() == [card.greeting]
+    tab("send", "你好呀")
+    reply = helpers.chat(*nano, card, "你好呀", [["", card.greeting]], **GREEDY)[0]
+    assert tab.texts() == [card.greeting, "你好呀", reply]
+    assert tab.shown["draft"] == tab.shown["box"] == ""
+    assert re.search(r"上下文 \d+ / 2,048 token · 首字 \d+\.\d\d 秒，之后每秒 \d+ token", tab.shown["meter"])
+
+
+def test_reply_grows(tab, nano):
+    with slow(nano[0]):
+        tab("send", "讲个故事")
+    drafts = [messages(step[tab.names.index("draft")])[-1] for step in tab.steps[:-1]]
+    grown = [text.removesuffix(" ▌") for text in drafts]
+    assert len(set(grown)) > 3
+    assert all(later.startswith(earlier) for earlier, later in zip(grown, grown[1:]))
+    assert tab.texts()[-1].startswith(grown[-1])
+
+
+def test_stop_keeps_the_partial_reply(tab, nano):
+    with slow(nano[0], 0.1):
+        job = tab.begin("send", "讲个故事")
+        wait_until(lambda: len(job.outputs()) > 4)
+        tab("stop")
+        tab.end(job)
+    query, partial = tab.texts()[1:]
+    assert query == "讲个故事"
+    tab("undo", "")
+    tab("send", "讲个故事")
+    whole = tab.texts()[-1]
+    assert whole.startswith(partial) and len(partial) < len(whole)
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_blank_message_does_nothing(tab, text):
+    before = dict(tab.shown)
+    tab("send", text)
+    assert tab.shown == before
+
+
+def test_regenerate_and_swipe(url):
+    tab = Tab(url)
+    tab("temperature", 2.0)
+    tab("send", "你好")
+    first = tab.texts()[-1]
+    tab("regenerate")
+    assert tab.shown["position"] == "2/2"
+    second = tab.texts()[-1]
+    tab("previous")
+    assert (tab.texts()[-1], tab.shown["position"]) == (first, "1/2")
+    tab("next")
+    assert (tab.texts()[-1], tab.shown["position"]) == (second, "2/2")
+    assert len(tab.texts()) == 3
+
+
+def test_undo_returns_the_text_to_the_box(tab):
+    tab("send", "你好")
+    tab("undo", "")
+    assert tab.shown["box"] == "你好" and len(tab.texts()) == 1
+
+
+def test_undo_keeps_what_is_being_typed(tab):
+    tab("send", "你好")
+    tab("undo", "新的话")
+    assert tab.shown["box"] == "新的话" and len(tab.texts()) == 1
+
+
+def test_double_click_undoes_once(tab):
+    tab("send", "一")
+    tab("send", "二")
+    jobs = [tab.begin("undo", ""), tab.begin("undo", "")]
+    for job in jobs:
+        tab.end(job)
+    assert "一" in tab.texts() and "二" not in tab.texts()
+
+
+def test_edit_both_sides(tab):
+    tab("send", "你好")
+    tab("edit")
+    assert tab.shown["query"] == "你好" and tab.shown["response"] == tab.texts()[-1]
+    tab("save", "早上好", "早！")
+    assert tab.texts()[1:] == ["早上好", "早！"]
+    tab("save", "  ", "早！")
+    assert "[empty text]" in tab.problem() and tab.texts()[1:] == ["早上好", "早！"]
+
+
+def test_clear_leaves_the_greeting(tab):
+    tab("send", "你好")
+    tab("clear")
+    assert tab.texts() == [helpers.get_character("苏梦远").greeting]
+
+
+# --- persona and parameters
+
+
+def test_each_character_has_its_conversation(tab):
+    tab("send", "你好")
+    before = tab.texts()
+    tab("pick", "孙悟空")
+    assert tab.shown["bot_name"] == "孙悟空"
+    assert tab.texts() == [helpers.get_character("孙悟空").greeting]
+    tab("pick", "苏梦远")
+    assert tab.texts() == before
+
+
+def test_persona_reaches_the_prompt(tab, nano):
+    tab("apply", "小明", "一名学生", "老师", "教数学", "老师好")
+    assert tab.texts() == ["老师好"], "nothing was said yet: the new greeting is"
+    tab("send", "坐下")
+    meta = {"bot_name": "小明", "bot_info": "一名学生", "user_name": "老师", "user_info": "教数学"}
+    assert tab.texts()[-1] == helpers.chat(*nano, meta, "坐下", [["", "老师好"]], **GREEDY)[0]
+    tab("apply", "小红", "一名学生", "老师", "", "您好")
+    assert tab.texts()[0] == "老师好" and "小红" in tab.shown["log"], "the conversation goes on"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "problem"),
+    [
+        ("apply", ("", "", "我", "", ""), "invalid persona"),
+        ("apply", ("名" * 65, "", "我", "", ""), "invalid persona"),
+        ("send", ("你" * 5000,), "prompt too long"),
+        ("send", ("\ud800",), "invalid Unicode"),
+        ("regenerate", (), "no exchange yet"),
+        ("undo", ("",), "no exchange yet"),
+    ],
+)
+def test_refusal_is_shown_and_changes_nothing(tab, name, values, problem):
+    before = tab.texts()
+    tab(name, *values)
+    assert f"[{problem}]" in tab.problem()
+    assert tab.texts() == before and tab.shown["draft"] == ""
+    tab("send", "你好")
+    assert tab.problem() == "" and len(tab.texts()) == 3
+
+
+def test_parameter_moved_during_a_reply_counts_for_the_next(tab, nano):
+    with slow(nano[0], 0.1):
+        job = tab.begin("send", "讲个故事")
+        wait_until(lambda: len(job.outputs()) > 2)
+        tab("top_p", 0.5)
+        tab.end(job)
+    assert len(tab.texts()) == 3 and tab.problem() == ""
+    tab("export")
+    exported = json.loads(tab.files()["苏梦远.json"])
+    assert exported["generation"]["top_p"] == 0.5
+
+
+def test_unsent_text_comes_back(tab, nano):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    handle = nano[0].register_forward_pre_hook(fail)
+    tab("send", "你好")
+    handle.remove()
+    assert "CUDA out of memory" in tab.problem()
+    assert len(tab.texts()) == 1 and tab.shown["box"] == ""
+    assert tab.client.predict("", api_name="/restore") == "你好"
+    assert tab.client.predict("", api_name="/restore") != "你好", "only once"
+    tab("send", "你好")
+    assert tab.problem() == "" and len(tab.texts()) == 3
+
+
+# --- visitors and tabs
+
+
+def test_two_visitors_at_once(url, nano):
+    tabs = [Tab(url), Tab(url)]
+    assert tabs[0].key != tabs[1].key
+    with slow(nano[0], 0.02):
+        jobs = [tab.begin("send", text) for tab, text in zip(tabs, ("我是甲", "我是乙"))]
+        for tab, job in zip(tabs, jobs):
+            tab.end(job)
+    assert [tab.texts()[1] for tab in tabs] == ["我是甲", "我是乙"]
+    assert all(len(tab.texts()) == 3 and tab.texts()[2] for tab in tabs)
+
+
+def test_second_tab_of_a_browser_shows_the_same(tab, url):
+    second = Tab(url, tab.key)
+    tab("send", "你好")
+    assert len(second.texts()) == 1
+    second("tick")
+    assert second.texts() == tab.texts() and second.key == tab.key
+    second("pick", "孙悟空")
+    tab("tick")
+    assert "陆导" in tab.texts()[0], "each tab has its own choice of the character"
+
+
+def test_two_tabs_do_not_write_at_once(tab, url, nano):
+    second = Tab(url, tab.key)
+    with slow(nano[0], 0.1):
+        job = tab.begin("send", "讲个故事")
+        wait_until(lambda: len(job.outputs()) > 2)
+        second("send", "我也说")
+        second("undo", "")
+        assert "[busy]" in second.problem()
+        tab.end(job)
+    assert [len(tab.texts()), tab.texts()[1]] == [3, "讲个故事"]
+
+
+def test_reload_during_a_reply_loses_nothing(tab, url, nano):
+    with slow(nano[0], 0.1):
+        job = tab.begin("send", "讲个故事")
+        wait_until(lambda: len(job.outputs()) > 2)
+        job.cancel()
+        reloaded = Tab(url, tab.key)
+    drafts = {step[reloaded.names.index("draft")] for step in reloaded.steps}
+    assert len(drafts) > 3, "it goes on growing on the new page"
+    assert reloaded.texts()[1] == "讲个故事" and len(reloaded.texts()) == 3
+
+
+def test_nobody_chooses_their_id(url):
+    assert Tab(url, "0").key != "0"
+    assert len(Tab(url, "../../etc").key) > 20
+
+
+def test_calls_without_an_open_page_are_told_to_reload(url):
+    client = Client(url, verbose=False)
+    assert "[page expired]" in str(client.predict("你好", api_name="/send"))
+
+
+# --- files
+
+
+def test_export_and_import(tab, url, tmp_path):
+    tab("send", "你好")
+    tab("export")
+    files = tab.files()
+    assert list(files) == ["苏梦远.json", "苏梦远.md", "苏梦远_card.json", "苏梦远_card.png"]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    other = Tab(url)
+    other("import", handle_file(tmp_path / "苏梦远.json"))
+    assert other.texts() == tab.texts() and other.shown["dropdown"] == "苏梦远 (2)"
+    other("import", handle_file(tmp_path / "苏梦远_card.png"))
+    assert other.texts() == tab.texts()[:1] and other.shown["dropdown"] == "苏梦远 (3)"
+    other("pick", "苏梦远 (2)")
+    assert other.texts() == tab.texts()
+    assert "你好" in files["苏梦远.md"].decode()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\x89PNG\r\n\x1a\nrest"])
+def test_bad_file_is_refused(tab, tmp_path, content):
+    (tmp_path / "bad.json").write_bytes(content)
+    before = tab.texts()
+    tab("import", handle_file(tmp_path / "bad.json"))
+    assert re.search(r"\[[\w ]+\]：", tab.problem())
+    assert tab.texts() == before and tab.shown["dropdown"] == "苏梦远"
+
+
+# --- safety
+
+
+def test_everything_is_escaped(tab):
+    tab("apply", ATTACK[:64], ATTACK, ATTACK[:64], ATTACK, ATTACK)
+    tab("send", ATTACK)
+    tab("save", ATTACK, ATTACK)
+    tab("export")
+    tab("pick", ATTACK)
+    assert tab.texts() == [ATTACK, ATTACK, ATTACK]
+    for name in ("log", "draft", "problem", "meter", "links", "position"):
+        tags = set(re.findall(r"<\s*(\w+)", tab.shown[name]))
+        assert tags <= {"div", "span", "a", "progress"}, name
+
+
+def test_password(nano):
+    with launch(*nano, port=0, password="甲:se:cret") as demo:
+        assert httpx.get(f"{demo.url}/config").status_code == 401
+        for wrong in (("甲", "se"), ("乙", "se:cret")):
+            with pytest.raises((AuthenticationError, ValueError)):
+                Client(demo.url, verbose=False, auth=wrong)
+        assert Tab(demo.url, auth=("甲", "se:cret")).texts()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"host": "0.0.0.0"}, "password required"),
+        ({"host": "0.0.0.0", "password": ""}, "password required"),
+        ({"host": "::"}, "password required"),
+        ({"password": "no colon"}, "malformed password"),
+        ({"password": ":secret"}, "malformed password"),
+        ({"host": "203.0.113.1", "insecure": True}, "cannot bind"),
+        ({"language": "fr"}, "unknown language"),
+        ({"temperature": 0}, "invalid generation parameter"),
+    ],
+)
+def test_launch_refuses(nano, options, problem):
+    with pytest.raises(HelpersError, match=rf"\[{problem}\]"):
+        launch(*nano, **{"port": 0, **options})
+
+
+def test_port_in_use_names_a_free_one(nano):
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(HelpersError, match="port in use") as caught:
+            launch(*nano, port=port)
+    assert f"例如 {free_port(port + 1)}" in str(caught.value)
+
+
+def test_nothing_leaves_the_machine(tab, connections):
+    tab("send", "你好")
+    assert connections and set(connections) <= LOCAL
+
+
+# --- where it runs
+
+
+def test_stop_frees_the_port_and_the_model_goes_on(nano):
+    demo = launch(*nano, port=0, **GREEDY)
+    Tab(demo.url)
+    demo.stop()
+    listen("127.0.0.1", demo.port).close()
+    assert helpers.chat(*nano, helpers.get_character("李白"), "你好", **GREEDY)[0]
+
+
+def test_mounted_on_another_app(nano):
+    app = FastAPI()
+    app.get("/health")(lambda: {"status": "ready"})
+    with WebDemo(mount(app, *nano, **GREEDY), listen("127.0.0.1", 0)) as demo:
+        assert httpx.get(f"{demo.url}/health").json() == {"status": "ready"}
+        tab = Tab(f"{demo.url}/demo/")
+        tab("send", "你好")
+        assert len(tab.texts()) == 3
+
+
+def test_english_page(nano):
+    with launch(*nano, port=0, language="en") as demo:
+        tab = Tab(demo.url)
+        labels = {
+            component["props"].get("value")
+            for component in tab.client.config["components"]
+            if component["type"] == "button"
+        }
+        tab("send", "你好")
+    assert {"Send", "Stop", "Regenerate"} <= labels
+    assert "first token after" in tab.shown["meter"]
+
+
+def test_command_line(tmp_path):
+    port = free_port(20000 + os.getpid() % 20000)
+    command = [sys.executable, "-m", "helpers", "demo", "--model", "nano", "--port", str(port)]
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: "[serving]" in (tmp_path / "log").read_text("utf-8"))
+            assert len(Tab(f"http://127.0.0.1:{port}").texts()) == 1
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+        assert "Traceback" not in (tmp_path / "log").read_text("utf-8")
+
+
+# --- who is remembered
+
+
+def test_visitor_who_was_away_for_longest_is_forgotten(nano, monkeypatch):
+    monkeypatch.setattr(visitors_module, "MAX_VISITORS", 2)
+    visitors = Visitors(lambda: Conversations(*nano))
+    first, second = visitors.get("")[0], visitors.get("")[0]
+    assert visitors.get(first)[0] == first
+    visitors.get("")
+    assert visitors.get(first)[0] == first
+    assert visitors.get(second)[0] != second
+
+
+def test_only_the_newest_conversations_keep_their_cache(nano, monkeypatch):
+    monkeypatch.setattr(visitors_module, "MAX_CACHES", 2)
+    visitors = Visitors(lambda: Conversations(*nano, **GREEDY))
+    writers = []
+    for _ in range(3):
+        visitor = visitors.get("")[1]
+        writers.append(visitors.writer(visitor, "苏梦远"))
+        writers[-1].send("你好")
+        wait_until(lambda: writers[-1].draft is None)
+    assert [len(writer.session._cache.token_ids) > 0 for writer in writers] == [False, True, True]
+    replies = [writer.session.history for writer in writers]
+    assert replies[0] == replies[1]
+
+
+def test_writer_refuses_a_second_reply(nano):
+    visitors = Visitors(lambda: Conversations(*nano, **GREEDY))
+    writer = visitors.writer(visitors.get("")[1], "苏梦远")
+    together, refused = threading.Barrier(8), []
+
+    def send(number):
+        together.wait()
+        try:
+            writer.send(f"第{number}个人说")
+        except BusyError:
+            refused.append(number)
+
+    with slow(nano[0], 0.05):
+        threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wait_until(lambda: writer.draft is None)
+    assert len(refused) == 7 and len(writer.session.history) == 2
