@@ -287,6 +287,7 @@ def finetune(
     rank: Annotated[int, typer.Option(help="LoRA 的 r [rank]")] = 8,
     alpha: Annotated[int, typer.Option(help="LoRA 的 alpha")] = 32,
     dropout: Annotated[float, typer.Option(help="LoRA 的 dropout")] = 0.1,
+    replay: Annotated[int, typer.Option(min=0, help="混入几段其他角色的对话 [against forgetting]")] = 0,
     max_length: Annotated[int, typer.Option(help="一条样本最多多少 token [tokens per sample]")] = 512,
     quantization: Annotated[str | None, typer.Option(help="nf4：4 bit QLoRA；int8 [quantised base]")] = None,
     on_bad_row: Annotated[str, typer.Option(help="skip 跳过坏行，raise 停下 [bad rows]")] = "skip",
@@ -310,7 +311,7 @@ def finetune(
         **parse_parameters(split_pairs(set_, "--set NAME VALUE")),
     }
     lora = {"targets": targets, "r": rank, "alpha": alpha, "dropout": dropout}
-    options = {"max_length": max_length, "quantization": quantization, "on_bad_row": on_bad_row}
+    options = {"replay": replay, "max_length": max_length, "quantization": quantization, "on_bad_row": on_bad_row}
     run_finetune(model, data, card, output_dir, lora, training, overwrite=overwrite, merge_to=merge_to, **options)
 
 

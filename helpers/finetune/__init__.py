@@ -6,7 +6,7 @@ model = add_lora(model)
 finetune(model, encode_samples(tokenizer, training), encode_samples(tokenizer, held_out), "outputs/lora")
 """
 
-from .data import DataReport, Sample, load_samples, read_card, split_samples
+from .data import DataReport, Sample, load_samples, read_card, replay_dialogues, split_samples
 from .encoding import collate, describe_lengths, encode, encode_samples, pad, share_prefix
 from .evaluation import Comparison, Voice, base_ability, compare, perplexity, perplexity_before_and_after
 from .lora import (
@@ -46,6 +46,7 @@ __all__ = [
     "perplexity_before_and_after",
     "plot_losses",
     "read_card",
+    "replay_dialogues",
     "share_prefix",
     "split_samples",
     "training_arguments",

@@ -8,7 +8,7 @@ from transformers import set_seed
 from ..errors import FinetuneError
 from ..loading import load
 from ..receipt import PROJECT_DIR
-from .data import load_samples, read_card, split_samples
+from .data import load_samples, read_card, replay_dialogues, split_samples
 from .encoding import describe_lengths, encode_samples
 from .evaluation import perplexity_before_and_after
 from .lora import add_lora, merge_adapter
@@ -26,6 +26,7 @@ def run_finetune(
     lora: dict,
     training: dict,
     *,
+    replay: int = 0,
     max_length: int = 512,
     quantization: str | None = None,
     on_bad_row: str = "skip",
@@ -39,6 +40,7 @@ def run_finetune(
         card: see `read_card`; None: every row brings its own persona.
         lora: arguments of `add_lora`.
         training: fields of TrainingArguments.
+        replay: how many dialogues of the shipped characters to mix in.
         merge_to: a directory for the merged model.
 
     Returns:
@@ -57,6 +59,8 @@ def run_finetune(
     train_rows, eval_rows = (
         encode_samples(tokenizer, part, max_length, report, on_bad_row) for part in split_samples(samples)
     )
+    if replay:
+        train_rows += encode_samples(tokenizer, replay_dialogues(replay), max_length)
     say(report)
     say(f"训练集 [training]：{describe_lengths(train_rows)}\n留出集 [held out]：{describe_lengths(eval_rows)}")
     set_seed(training.get("seed", 0))

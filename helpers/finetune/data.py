@@ -19,7 +19,7 @@ from ..characters import (
     load_characters,
     read_json_object,
 )
-from ..dialogues import Dialogue
+from ..dialogues import Dialogue, load_dialogues
 from ..errors import CharacterError, DataError
 
 CAUSES = {
@@ -197,6 +197,15 @@ def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
             "请准备至少几十条"
         )
     return training, held_out
+
+
+def replay_dialogues(count: int) -> list[Dialogue]:
+    """`count` training dialogues of the shipped characters, evenly spread over them.
+
+    Mixed into the training data, they keep the model from forgetting the others while it learns a new character.
+    """
+    dialogues = [dialogue for dialogue in load_dialogues() if not dialogue.held_out]
+    return [dialogues[position * len(dialogues) // count] for position in range(min(count, len(dialogues)))]
 
 
 def _read_text(file: Path) -> str:

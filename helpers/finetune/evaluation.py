@@ -3,7 +3,6 @@
 import html
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -60,47 +59,45 @@ def base_ability(model, tokenizer, limit: int = 100) -> tuple[float, float]:
     return perplexity_before_and_after(model, encode_samples(tokenizer, held_out[::step]))
 
 
-def signature_words(replies: list[str], other_replies: list[str], count: int = 8) -> list[str]:
-    """The words by which a character is known: in at least 2 % of its replies, and there 20 times as often as elsewhere.
+def signature_words(replies: list[str], other_replies: list[str], count: int = 4) -> list[str]:
+    """The words by which a character is known, the most frequent first.
 
-    A word is any 2 or 3 Chinese characters in a row; one that is part of another one as frequent is left out.
+    They are in at least 3 % of its replies, and there 20 times as often as in those of others. A word is any 2 or 3
+    Chinese characters in a row; one that hardly ever comes without a more frequent one (a piece of it) is left out.
     """
-    own, others = _document_frequency(replies), _document_frequency(other_replies)
-    known_by = {
-        word: share
-        for word, share in own.most_common()
-        if share >= 0.02 and share >= 20 * others.get(word, 1 / (len(other_replies) + 1))
-    }
-    kept = [
-        word
-        for word in known_by
-        if not any(word in longer and known_by[longer] > 0.9 * known_by[word] for longer in known_by if longer != word)
-    ]
-    return kept[:count]
+    own, others = _replies_by_word(replies), _replies_by_word(other_replies)
+    words: list[str] = []
+    covered: set[int] = set()
+    for word, found in sorted(own.items(), key=lambda item: -len(item[1])):
+        share, elsewhere = len(found) / len(replies), len(others.get(word, ())) / max(1, len(other_replies))
+        if share >= max(0.03, 20 * elsewhere) and len(found - covered) > 0.1 * len(found):
+            words.append(word)
+            covered |= found
+    return words[:count]
 
 
-def _document_frequency(replies: list[str]) -> Counter:
-    """Share of the replies in which each run of 2 or 3 Chinese characters occurs."""
-    counts = Counter(word for reply in replies for word in _words(reply))
-    return Counter({word: count / len(replies) for word, count in counts.items()})
+def _replies_by_word(replies: list[str]) -> dict[str, set[int]]:
+    """For every run of 2 or 3 Chinese characters, which replies have it."""
+    found: dict[str, set[int]] = {}
+    for number, reply in enumerate(replies):
+        for run in CHINESE.findall(reply):
+            for n in (2, 3):
+                for start in range(len(run) - n + 1):
+                    found.setdefault(run[start : start + n], set()).add(number)
+    return found
 
 
-def _words(reply: str) -> set[str]:
-    return {run[i : i + n] for run in CHINESE.findall(reply) for n in (2, 3) for i in range(len(run) - n + 1)}
-
-
-def other_characters_words(bot_name: str, replies: list[str]) -> dict[str, list[str]]:
-    """Of every shipped character but `bot_name`: its name, and its signature words that `replies` never use."""
-    dialogues = [dialogue for dialogue in load_dialogues() if dialogue.card.bot_name != bot_name]
+def other_characters_words(bot_name: str, replies: list[str]) -> list[str]:
+    """By what the shipped characters other than `bot_name` are known: names and signature words not in `replies`."""
     said: dict[str, list[str]] = {}
-    for dialogue in dialogues:
-        said.setdefault(dialogue.card.bot_name, []).extend(reply for _, reply in dialogue.history)
-    words = {}
+    for dialogue in load_dialogues():
+        if dialogue.card.bot_name != bot_name:
+            said.setdefault(dialogue.card.bot_name, []).extend(reply for _, reply in dialogue.history)
+    words = []
     for name, own in said.items():
         others = [reply for other, texts in said.items() if other != name for reply in texts]
-        candidates = [f"我是{name}", *signature_words(own, others)]
-        words[name] = [word for word in candidates if not any(word in reply for reply in replies)]
-    return words
+        words += [f"我是{name}", *signature_words(own, others)]
+    return [word for word in words if not any(word in reply for reply in replies)]
 
 
 def repeats_itself(reply: str) -> bool:
@@ -130,8 +127,7 @@ class Voice:
     def learn(cls, bot_name: str, replies: list[str]) -> "Voice":
         """From the character's training replies and the dialogues of the shipped characters."""
         others = [reply for d in load_dialogues() if d.card.bot_name != bot_name for _, reply in d.history]
-        words = other_characters_words(bot_name, replies)
-        return cls(tuple(signature_words(replies, others)), tuple(word for known in words.values() for word in known))
+        return cls(tuple(signature_words(replies, others)), tuple(other_characters_words(bot_name, replies)))
 
     def in_voice(self, reply: str) -> bool:
         """Whether the reply has a word that is the character's own."""

@@ -1,0 +1,525 @@
+"""Training: what is trained, that runs survive being killed, and that failures explain themselves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import NANO, REPOSITORY, copy_compact, edit_json
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import helpers
+from helpers.errors import CheckpointError, FinetuneError
+from helpers.finetune import (
+    add_lora,
+    count_fused_lora_parameters,
+    count_lora_parameters,
+    encode_samples,
+    finetune,
+    load_samples,
+    lora_config,
+    merge_adapter,
+    parameter_table,
+    read_card,
+    training_arguments,
+)
+from helpers.finetune.checkpoints import checkpoints, is_complete, last_complete_checkpoint
+from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
+from helpers.finetune.lora import refuse_unmoved
+from helpers.finetune.training import EpochGroupedSampler
+from helpers.modeling import CharacterGLMConfig
+
+STEPS = {"logging_steps": 1, "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+SHORT = {**STEPS, "max_steps": 4, "learning_rate": 5e-3}
+GREEDY = {"do_sample": False, "max_new_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def data():
+    """A few short sequences: (training, held out)."""
+    samples, _ = load_samples(DEFAULT_DATA, {**read_card(DEFAULT_CARD).model_dump(), "bot_info": "", "user_info": ""})
+    rows = encode_samples(AutoTokenizer.from_pretrained(NANO), samples[:40])
+    return rows[:32], rows[32:]
+
+
+def new_model(seed: int = 0, **lora):
+    torch.manual_seed(seed)
+    return add_lora(helpers.load("nano", dtype="float32")[0], **lora)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A finished run."""
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    model = new_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    result = finetune(model, *data, directory, **SHORT)
+    return SimpleNamespace(model=model, before=before, result=result, directory=directory)
+
+
+# --- how many parameters, and which
+
+
+def test_parameter_counts_of_the_6b():
+    """Counted on the model's own layers; the numbers are those of the formula r * (in + out)."""
+    config = CharacterGLMConfig()
+    q, kv = 4096, 256
+    assert count_lora_parameters(config, "qkv", 8) == 28 * 8 * ((4096 + q) + 2 * (4096 + kv)) == 3_784_704
+    assert count_fused_lora_parameters(config, 8) == 28 * 8 * (4096 + q + 2 * kv) == 1_949_696
+    assert count_lora_parameters(config, "qv", 8) == 28 * 8 * ((4096 + q) + (4096 + kv))
+    mlp = (4096 + 2 * 13696) + (13696 + 4096)
+    all_linear = 28 * 8 * ((4096 + q) + 2 * (4096 + kv) + (q + 4096) + mlp)
+    assert count_lora_parameters(config, "all-linear", 8) == all_linear
+
+
+def test_parameter_table_grows_with_the_rank():
+    rows = parameter_table(helpers.load("nano")[0].config, ranks=(1, 8))
+    for name in ("qkv", "qv", "all-linear", "fused query_key_value"):
+        assert rows[1][name] == 8 * rows[0][name]
+
+
+def test_only_the_adapter_is_trained_and_it_moves(trained):
+    for name, weight in trained.model.state_dict().items():
+        assert torch.equal(weight, trained.before[name]) is ("lora_" not in name), name
+    lora_b = [weight for name, weight in trained.model.named_parameters() if "lora_B" in name]
+    assert len(lora_b) == 4 * 3
+    assert all(weight.any() for weight in lora_b)
+
+
+def test_default_lora_config():
+    config = lora_config()
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 32, 0.1)
+    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("wrong", [{"targets": "query_key_value"}, {"r": 0}, {"r": 1.5}, {"alpha": 0}, {"dropout": 1}])
+def test_senseless_lora_is_refused(wrong):
+    with pytest.raises(FinetuneError, match="unknown targets|invalid LoRA parameter"):
+        lora_config(**wrong)
+
+
+def test_lora_b_that_did_not_move_is_an_error(data, tmp_path):
+    with pytest.raises(FinetuneError, match=r"lora_B is still zero.*12 个"):
+        finetune(new_model(), *data, tmp_path, **{**SHORT, "learning_rate": 0.0})
+    with pytest.raises(FinetuneError, match="lora_B is still zero"):
+        refuse_unmoved(new_model())
+
+
+# --- arguments
+
+
+def test_defaults_on_a_cpu(tmp_path):
+    arguments = training_arguments(new_model(), tmp_path)
+    assert (arguments.bf16, arguments.fp16, arguments.activation_checkpointing) == (False, False, False)
+    assert arguments.train_sampling_strategy == "group_by_length"
+    assert arguments.load_best_model_at_end and not arguments.logging_nan_inf_filter
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_by_either_name_reaches_the_adapters(data, tmp_path, trained, name):
+    model = new_model()
+    result = finetune(model, *data, tmp_path, **SHORT, **{name: True})
+    assert model.is_gradient_checkpointing
+    assert result["eval_loss"] == pytest.approx(trained.result["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"learning_rat": 1e-3}, r"unknown training argument.*learning_rate \[did you mean\]"),
+        ({"eval_strategy": "sometimes"}, "invalid training argument"),
+        ({"save_strategy": "no"}, "invalid training argument"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path, chosen, message):
+    with pytest.raises(FinetuneError, match=message):
+        training_arguments(new_model(), tmp_path, **chosen)
+
+
+# --- results
+
+
+def test_best_adapter_is_kept(data, tmp_path):
+    """With a learning rate that ruins the adapter after a good first step."""
+    model = new_model()
+    result = finetune(
+        model, *data, tmp_path, **{**STEPS, "eval_steps": 1, "save_steps": 1}, max_steps=6, warmup_steps=0,
+        learning_rate=0.02, lr_scheduler_type="constant", lr_scheduler_kwargs={},
+    )  # fmt: skip
+    held_out = {entry["step"]: entry["eval_loss"] for entry in result["history"] if "eval_loss" in entry}
+    assert result["eval_loss"] == min(loss for step, loss in held_out.items() if step)
+    from helpers.finetune.evaluation import summed_loss
+
+    total, count = summed_loss(model, data[1])
+    assert total / count == pytest.approx(result["eval_loss"], abs=1e-5)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    best = load_file(tmp_path / f"checkpoint-{result['best_step']}" / "adapter_model.safetensors")
+    assert all(torch.equal(stored[name], best[name]) for name in stored)
+
+
+def test_log_has_training_and_held_out_loss(trained):
+    steps = [entry["step"] for entry in trained.result["history"] if "loss" in entry]
+    assert steps == [1, 2, 3, 4]
+    assert [e["step"] for e in trained.result["history"] if "eval_loss" in e] == [0, 2, 4]
+    record = json.loads((trained.directory / "finetune.json").read_text(encoding="utf-8"))
+    assert record["finished"] and record["result"] == trained.result
+
+
+def test_headless_log_is_one_line_a_step(data, tmp_path, capsys):
+    finetune(new_model(), *data, tmp_path, **SHORT)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if "  lr " in line] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [line.split()[1] for line in lines if "held-out" in line] == ["0/4", "2/4", "4/4"]
+    assert len(lines) == 7
+
+
+def test_rows_of_similar_length_come_together_in_a_repeatable_order():
+    lengths = [(7 * i) % 50 + 1 for i in range(200)]
+    first, again, other = (EpochGroupedSampler(4, lengths, seed=3) for _ in range(3))
+    torch.manual_seed(1)
+    order = list(first)
+    torch.manual_seed(2)
+    assert list(again) == order  # whatever the global random numbers
+    other.set_epoch(1)
+    assert sorted(order) == list(range(200)) and list(other) != order
+    spread = [
+        max(lengths[i] for i in order[s : s + 4]) - min(lengths[i] for i in order[s : s + 4]) for s in range(0, 200, 4)
+    ]
+    assert sum(spread) / len(spread) < 8  # at random it would be about 30
+
+
+# --- reload
+
+
+def test_adapter_reloads_in_a_fresh_process_with_the_same_greedy_tokens(trained):
+    script = (
+        "import sys, helpers; model, tokenizer = helpers.load('nano', dtype='float32', adapter=sys.argv[1]);"
+        "from helpers.finetune import read_card; from helpers.finetune.command import DEFAULT_CARD;"
+        "print(helpers.chat(model, tokenizer, read_card(DEFAULT_CARD), '你会累吗？', do_sample=False, max_new_tokens=16)[0])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "utf-8"}
+    run = subprocess.run(
+        [sys.executable, "-c", script, trained.directory], capture_output=True, text=True, encoding="utf-8",
+        env=environment, check=True,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    card = read_card(DEFAULT_CARD)
+    here, _ = helpers.chat(trained.model, tokenizer, card, "你会累吗？", **GREEDY)
+    with trained.model.disable_adapter():
+        base, _ = helpers.chat(trained.model, tokenizer, card, "你会累吗？", **GREEDY)
+    assert run.stdout.strip() == here != base
+
+
+def test_merged_model_is_an_ordinary_model_with_the_same_outputs(trained, tmp_path):
+    model, tokenizer = helpers.load("nano", dtype="float32", adapter=trained.directory)
+    ids = torch.tensor([tokenizer("你会累吗？")["input_ids"]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    merge_adapter(model, tokenizer, tmp_path / "merged")
+    merged, merged_tokenizer = helpers.load(tmp_path / "merged", dtype="float32")
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-4)
+    assert merged_tokenizer("你会累吗？")["input_ids"] == ids[0].tolist()
+    card = read_card(DEFAULT_CARD)
+    texts = [helpers.chat(m, tokenizer, card, "你会累吗？", **GREEDY)[0] for m in (trained.model, merged)]
+    assert texts[0] == texts[1]
+    # and the adapter, which is in the weights already, is not put on top of them a second time
+    with pytest.raises(CheckpointError, match="adapter for another base"):
+        helpers.load(tmp_path / "merged", dtype="float32", adapter=trained.directory)
+
+
+def test_adapter_for_another_base_is_refused(trained, tmp_path):
+    with pytest.raises(CheckpointError, match="adapter for another base"):
+        helpers.loading.add_adapter(
+            AutoModelForCausalLM.from_pretrained(copy_compact(tmp_path / "m")), trained.directory
+        )
+    foreign = shutil.copytree(trained.directory, tmp_path / "foreign")
+    (foreign / "finetune.json").unlink()  # an adapter from elsewhere: only shapes and names can tell
+    with pytest.raises(CheckpointError, match="adapter does not fit"):
+        helpers.loading.add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), foreign)
+
+
+def test_adapter_for_a_deeper_base_is_refused(trained, tmp_path):
+    config = CharacterGLMConfig.from_pretrained(NANO)
+    config.num_hidden_layers = 3
+    foreign = shutil.copytree(trained.directory, tmp_path / "foreign")
+    (foreign / "finetune.json").unlink()
+    with pytest.raises(CheckpointError, match="unused adapter keys"):
+        helpers.loading.add_adapter(AutoModelForCausalLM.from_config(config), foreign)
+
+
+def test_precision_does_not_change_the_fingerprint():
+    model = helpers.load("nano", dtype="float32")[0]
+    half = helpers.load("nano", dtype="float16")[0]
+    assert helpers.loading.base_fingerprint(model) == helpers.loading.base_fingerprint(half)
+    assert helpers.loading.base_fingerprint(new_model()) == helpers.loading.base_fingerprint(model)
+    model.model.layers[2].self_attn.v_proj.weight.data[0, 0] += 1
+    assert helpers.loading.base_fingerprint(half) != helpers.loading.base_fingerprint(model)
+
+
+# --- killed and resumed
+
+RUN = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import test_finetune_training as t
+from reference import NANO
+from helpers.finetune import finetune
+if sys.argv[2] == "between":  # two checkpoints
+    class Kill(t.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+    callbacks = [Kill()]
+else:  # within a file of the second checkpoint
+    callbacks, save = [], torch.save
+    def half(value, path, *args, **kwargs):
+        save(value, path, *args, **kwargs)
+        if "checkpoint-4" in str(path) and str(path).endswith(sys.argv[2]):
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = half
+finetune(t.new_model(), *t.data.__wrapped__(), sys.argv[1], callbacks=callbacks, **t.LONG)
+"""
+LONG = {**STEPS, "num_train_epochs": 1, "learning_rate": 5e-3}  # 8 steps: the kill comes in the middle of an epoch
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    return finetune(new_model(), *data, tmp_path_factory.mktemp("whole"), **LONG)
+
+
+@pytest.mark.parametrize("when", ["between", "optimizer.pt", "rng_state.pth"])
+def test_killed_run_resumes_to_the_same_loss(data, tmp_path, uninterrupted, when, capsys):
+    """SIGKILL between two checkpoints and within one; dropout is on and the epoch is not over."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    script = RUN.format(tests=str(Path(__file__).parent))
+    killed = subprocess.run([sys.executable, "-c", script, tmp_path, when], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    newest = checkpoints(tmp_path)[-1]
+    assert (newest.name, is_complete(newest)) == ("checkpoint-4", when == "between")
+    result = finetune(new_model(seed=5), *data, tmp_path, **LONG)
+    assert result["resumed_from"] == (4 if when == "between" else 2)
+    assert ("incomplete checkpoint skipped" in capsys.readouterr().out) is (when != "between")
+    for name in ("train_loss", "eval_loss"):
+        assert result[name] == pytest.approx(uninterrupted[name], abs=1e-6)
+    assert [e for e in result["history"] if "loss" in e] == pytest.approx(
+        [e for e in uninterrupted["history"] if "loss" in e], abs=1e-6
+    )
+
+
+HALF_WRITTEN = {
+    "adapter cut": lambda c: os.truncate(c / "adapter_model.safetensors", 1000),
+    "adapter missing": lambda c: (c / "adapter_model.safetensors").unlink(),
+    "optimizer cut": lambda c: os.truncate(c / "optimizer.pt", 1000),
+    "optimizer missing": lambda c: (c / "optimizer.pt").unlink(),
+    "scheduler missing": lambda c: (c / "scheduler.pt").unlink(),
+    "random state cut": lambda c: os.truncate(c / "rng_state.pth", 1000),
+    "random state missing": lambda c: (c / "rng_state.pth").unlink(),
+    "trainer state cut": lambda c: os.truncate(c / "trainer_state.json", 100),
+    "trainer state missing": lambda c: (c / "trainer_state.json").unlink(),
+    "empty": lambda c: [file.unlink() for file in c.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", HALF_WRITTEN)
+def test_half_written_checkpoint_is_skipped_for_the_one_before(trained, tmp_path, damage):
+    run = shutil.copytree(trained.directory, tmp_path / "run")
+    assert last_complete_checkpoint(run).name == "checkpoint-4"
+    HALF_WRITTEN[damage](run / "checkpoint-4")
+    assert last_complete_checkpoint(run).name == "checkpoint-2"
+    assert not (run / "checkpoint-4").exists()
+
+
+# --- the folder
+
+
+def unfinish(directory: Path) -> Path:
+    edit_json(directory / "finetune.json", lambda record: record.update(finished=False))
+    return directory
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(data, trained, tmp_path):
+    run = shutil.copytree(trained.directory, tmp_path / "run")
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(FinetuneError, match="output directory in use"):
+        finetune(new_model(), *data, run, **SHORT)
+    result = finetune(new_model(), *data, run, overwrite=True, **SHORT)
+    assert result["resumed_from"] is None
+    assert result["eval_loss"] == pytest.approx(trained.result["eval_loss"], abs=1e-6)
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+CHANGES = {
+    "learning rate": lambda data: (new_model(), *data, {**SHORT, "learning_rate": 1e-3}),
+    "rank": lambda data: (new_model(r=4), *data, SHORT),
+    "data": lambda data: (new_model(), data[0][:-1], data[1], SHORT),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_with_other_settings_is_not_resumed(data, trained, tmp_path, change):
+    run = unfinish(shutil.copytree(trained.directory, tmp_path / "run"))
+    model, train_rows, eval_rows, arguments = CHANGES[change](data)
+    with pytest.raises(FinetuneError, match="另一组设置.*output directory in use"):
+        finetune(model, train_rows, eval_rows, run, **arguments)
+    assert len(checkpoints(run)) == 2
+
+
+def test_directory_that_cannot_be_written_stops_before_training(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FinetuneError, match="output directory not writable"):
+        finetune(new_model(), *data, tmp_path / "file" / "run", **SHORT)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_directory_stops_before_training(data, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(FinetuneError, match="output directory not writable"):
+        finetune(new_model(), *data, tmp_path / "run", **SHORT)
+
+
+def test_full_disk_stops_before_training(data, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode()}")
+    try:
+        with pytest.raises(FinetuneError, match="not enough disk space"):
+            finetune(new_model(), *data, tmp_path / "run", **SHORT)
+        assert checkpoints(tmp_path / "run") == []
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_estimate_covers_what_a_run_writes(trained):
+    from helpers.finetune.checkpoints import bytes_needed
+
+    written = sum(file.stat().st_size for file in trained.directory.rglob("*") if file.is_file())
+    assert written < bytes_needed(trained.model.num_parameters(only_trainable=True), 2)
+
+
+# --- failures while training
+
+
+def test_nan_loss_stops_with_an_explanation(data, tmp_path):
+    with pytest.raises(FinetuneError, match=r"loss is not finite.*学习率太大（现在最高 1e\+30"):
+        finetune(new_model(), *data, tmp_path, **{**SHORT, "max_grad_norm": 0.0, "learning_rate": 1e30})
+
+
+class _TakeAllMemory(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.empty(1 << 60, dtype=torch.uint8)  # a real allocation that must fail
+
+
+def test_out_of_memory_says_which_knobs_to_turn(data, tmp_path):
+    with pytest.raises(FinetuneError, match=r"out of memory") as caught:
+        finetune(new_model(), *data, tmp_path, callbacks=[_TakeAllMemory()], **SHORT)
+    for knob in (
+        "per_device_train_batch_size=2",
+        "gradient_accumulation_steps=2",
+        "checkpointing",
+        "max_length",
+        "nf4",
+    ):
+        assert knob in str(caught.value)
+
+
+def test_other_errors_are_not_called_out_of_memory(data, tmp_path):
+    class Fail(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        finetune(new_model(), *data, tmp_path, callbacks=[Fail()], **SHORT)
+
+
+# --- the command, and two processes
+
+
+def command(*arguments, launch=()):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    options = {"max_steps": 3, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 3, "save_steps": 3}
+    settings = [word for name, value in options.items() for word in ("--set", name, str(value))]
+    return subprocess.run(
+        [sys.executable, *launch, "--model", "nano", *settings, *map(str, arguments)],
+        capture_output=True, text=True, encoding="utf-8", env=environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    """30 rows with a short persona: 27 or so to train on, which two processes cannot share evenly."""
+    file = tmp_path_factory.mktemp("data") / "small.jsonl"
+    meta = {"bot_name": "鲁智深", "user_name": "林冲"}
+    rows = [json.loads(line) for line in DEFAULT_DATA.read_text(encoding="utf-8").splitlines()[:30]]
+    file.write_text("\n".join(json.dumps({**row, "session_meta": meta}, ensure_ascii=False) for row in rows), "utf-8")
+    return file
+
+
+def loss_lines(output: str) -> list[tuple[str, float]]:
+    lines = [line.split() for line in output.splitlines() if line.startswith("step ")]
+    return [(words[1], float(words[words.index("loss") + 1])) for words in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(small_file, tmp_path):
+    """One process with batch 8, two with batch 4: the same rows in every step, each once, so the same losses."""
+    common = ["--data", small_file, "--dropout", 0, "--set", "logging_steps", 1, "--set", "max_steps", 8]
+    one = command(*common, "--batch-size", 8, "--output-dir", tmp_path / "one", launch=["-m", "helpers", "finetune"])
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        "helpers.finetune",
+    ]
+    two = command(*common, "--batch-size", 4, "--output-dir", tmp_path / "two", launch=launch)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert len(loss_lines(two.stdout)) == len(loss_lines(one.stdout)) > 8
+    for (step, loss), (step_of_two, loss_of_two) in zip(loss_lines(one.stdout), loss_lines(two.stdout)):
+        assert step == step_of_two
+        assert loss_of_two == pytest.approx(loss, abs=2e-3)
+
+
+def test_command_trains_and_merges(small_file, tmp_path):
+    done = command(
+        "--data", small_file, "--output-dir", tmp_path / "out", "--merge-to", tmp_path / "merged",
+        "--learning-rate", 0.01, launch=["-m", "helpers", "finetune"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "可训练参数 [trainable]：36,864" in done.stdout
+    before, after = done.stdout.split("held-out perplexity]：")[1].split("。")[0].split(" -> ")
+    assert float(after) < float(before)
+    helpers.load("nano", adapter=tmp_path / "out")
+    helpers.load(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "learning_rat", "1"], "learning_rate [did you mean]"),
+        (["--set", "output_dir", "x"], "unknown training argument"),
+        (["--data", "nowhere.json"], "cannot read file"),
+        (["--card", "无名氏"], "file not found"),
+        (["--quantization", "nf4", "--merge-to", "x"], "cannot merge into a quantised base"),
+    ],
+)
+def test_command_refuses_at_once(arguments, message):
+    done = command(*arguments, launch=["-m", "helpers", "finetune"])
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
