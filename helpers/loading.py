@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .characters import SessionMeta, as_session_meta, read_json_object
 from .checkpoint import read_json, stored_shapes, verify_checkpoint, verify_weight_file, weight_files
 from .download import find_downloaded
 from .errors import CheckpointError, HelpersError
@@ -16,6 +17,7 @@ NANO_DIR = Path(__file__).parent.parent / "data" / "nano"
 MIN_GPU_GIB = 16  # the 6B model needs about 13 GiB in half precision, plus KV cache
 SMALL_CHECKPOINT_BYTES = 1 << 30  # below this, float32 on a CPU is the simplest and most exact choice
 ADAPTER_RECORD = "finetune.json"  # what `helpers.finetune` writes beside an adapter: how it was trained, on what base
+ADAPTER_CARD = "card.json"  # the persona that an adapter speaks as, beside it
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 logger = logging.getLogger(__name__)
@@ -241,6 +243,12 @@ def _refuse_other_base(model, directory: Path) -> None:
             f"LoRA adapter 是在另一个底模上训练的 [adapter for another base]：{directory}。"
             "请加载训练时用的那个模型，或在这个模型上重新训练"
         )
+
+
+def adapter_card(directory: str | Path) -> SessionMeta | None:
+    """The persona kept beside an adapter, if there is one. Raises `CharacterError` if it is damaged."""
+    file = Path(directory) / ADAPTER_CARD
+    return as_session_meta(read_json_object(file)) if file.is_file() else None
 
 
 def adapter_file(directory: Path) -> Path:

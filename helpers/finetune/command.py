@@ -67,7 +67,9 @@ def run_finetune(
     tuned = add_lora(loaded, **lora)
     trainable, total = tuned.get_nb_trainable_parameters()
     say(f"可训练参数 [trainable]：{trainable:,} / {total:,}（{trainable / total:.2%}）")
-    result = finetune(tuned, train_rows, eval_rows, output_dir, overwrite=overwrite, **training)
+    personas = {sample.card.model_dump_json(): sample.card for sample in samples}
+    persona = samples[0].card if len(personas) == 1 else None
+    result = finetune(tuned, train_rows, eval_rows, output_dir, card=persona, overwrite=overwrite, **training)
     before, after = perplexity_before_and_after(tuned, eval_rows)
     say(f"留出集困惑度 [held-out perplexity]：{before:.1f} -> {after:.1f}。adapter 在 {output_dir}")
     if merge_to is not None and is_main_process():

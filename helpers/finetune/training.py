@@ -12,8 +12,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_in_notebook
 
+from ..characters import as_session_meta
 from ..errors import FinetuneError
-from ..loading import ADAPTER_RECORD, base_fingerprint
+from ..loading import ADAPTER_CARD, ADAPTER_RECORD, base_fingerprint
 from ..receipt import write_json
 from .checkpoints import bytes_needed, last_complete_checkpoint, open_run
 from .encoding import IGNORED, collate, pad
@@ -148,7 +149,7 @@ class LoraTrainer(Trainer):
         return metrics
 
 
-def finetune(model, train_rows, eval_rows, output_dir, *, overwrite=False, callbacks=(), **training) -> dict:
+def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=False, callbacks=(), **training) -> dict:
     """Train the adapter of `model` (see `add_lora`) and keep the one with the lowest held-out loss in `output_dir`.
 
     A run that was interrupted goes on from its last complete checkpoint if it is started again with the same settings.
@@ -156,6 +157,7 @@ def finetune(model, train_rows, eval_rows, output_dir, *, overwrite=False, callb
     Args:
         train_rows, eval_rows: sequences from `encode_samples`.
         output_dir: gets the adapter, `finetune.json` and the checkpoints.
+        card: the persona that the adapter speaks as; kept beside it, so that the API server can use it.
         overwrite: delete a finished run, or one with other settings, that is already in `output_dir`.
         callbacks: further `TrainerCallback`s.
         **training: fields of transformers' TrainingArguments.
@@ -187,6 +189,8 @@ def finetune(model, train_rows, eval_rows, output_dir, *, overwrite=False, callb
     if arguments.process_index == 0:
         record = {"settings": settings, "base": settings["base"], "finished": True, "result": result}
         write_json(directory / ADAPTER_RECORD, record)
+        if card is not None:
+            write_json(directory / ADAPTER_CARD, as_session_meta(card).model_dump())
     return result
 
 

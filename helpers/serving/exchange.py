@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
-from ..characters import CharacterCard, SessionMeta
+from ..characters import SessionMeta
 from .metrics import Stopwatch
 from .service import Started
 from .text import Piece, read_text
@@ -36,7 +36,7 @@ class Exchange:
         cls,
         request: Request,
         model: str | None,
-        make_prompt: Callable[[CharacterCard | None], Prompt],
+        make_prompt: Callable[[SessionMeta | None], Prompt],
         parameters: dict,
         stops: Iterable[str] = (),
     ) -> "Exchange":

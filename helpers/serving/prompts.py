@@ -1,6 +1,6 @@
 """Who speaks, and what has been said: from a checked request to a persona and turns of chat messages."""
 
-from ..characters import CharacterCard, SessionMeta, as_session_meta, get_character
+from ..characters import SessionMeta, as_session_meta, get_character
 from ..chat import build_turns
 from .schemas import ChatRequest, LessonRequest, Message
 
@@ -14,7 +14,7 @@ def lesson_prompt(request: LessonRequest) -> tuple[SessionMeta, list[list[dict]]
     return persona, build_turns(request.prompt, request.history or [])
 
 
-def chat_prompt(request: ChatRequest, character: CharacterCard | None) -> tuple[SessionMeta, list[list[dict]]]:
+def chat_prompt(request: ChatRequest, character: SessionMeta | None) -> tuple[SessionMeta, list[list[dict]]]:
     """Persona and turns of a chat completion.
 
     The persona is the `session_meta` of the request, else the character that its `model` names, else what the system

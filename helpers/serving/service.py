@@ -6,11 +6,11 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..characters import CharacterCard, SessionMeta, load_characters
+from ..characters import SessionMeta, load_characters
 from ..chat import fit_prompt
 from ..errors import EngineError, HelpersError
 from ..generation import GenerationParameters, model_defaults
-from ..loading import add_adapter, load, pick_model, resolve_model
+from ..loading import adapter_card, add_adapter, load, pick_model, resolve_model
 from .engine import Engine, Generation, shared_copy
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,9 @@ class Service:
     def __init__(self, model="auto", adapters: dict[str, str | Path] | None = None, **engine_options):
         self.source, self.adapters, self.engine_options = model, dict(adapters or {}), engine_options
         self.name = "characterglm" if isinstance(model, tuple) else resolve_model(pick_model(model)[0]).name
-        self.characters = load_characters()
+        # An adapter speaks as the persona that is kept beside it.
+        own_cards = {name: adapter_card(directory) for name, directory in self.adapters.items()}
+        self.characters = load_characters() | {name: card for name, card in own_cards.items() if card}
         self.engines: dict[str, Engine] = {}
         self.model = self.tokenizer = None
         self.failure: Exception | None = None
@@ -92,7 +94,7 @@ class Service:
             engines[name] = Engine(adapted, **self.engine_options)
         return engines
 
-    def choose(self, name: str | None) -> tuple[Engine, CharacterCard | None]:
+    def choose(self, name: str | None) -> tuple[Engine, SessionMeta | None]:
         """The engine and the character that a request's `model` stands for.
 
         Raises:

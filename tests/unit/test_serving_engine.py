@@ -3,16 +3,19 @@ stop it. Hooks on the real model slow it down or make it fail; everything else i
 
 import asyncio
 import gc
+import json
+import shutil
 
 import pytest
 import torch
-from live_server import before_forward, endless, one_at_a_time, parameters, wait_for
+from live_server import ask, before_forward, endless, nano_server, one_at_a_time, openai_client, parameters, wait_for
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.generation.continuous_batching.requests import RequestState
 
 import helpers
 from helpers.chat import encode_prompt
 from helpers.errors import ChatError, EngineError, OverloadError
+from helpers.loading import ADAPTER_CARD
 from helpers.serving.engine import PAGE_TOKENS, Engine, Generation
 from helpers.serving.service import Service
 
@@ -369,3 +372,14 @@ def test_many_requests_leave_nothing_in_memory(nano, prompts):
     with_engine(nano[0], scenario)
     gc.collect()
     assert not [o for o in gc.get_objects() if type(o) in (Generation, RequestState)]
+
+
+def test_an_adapter_speaks_as_the_persona_beside_it(nano, adapter, tmp_path):
+    persona = {"bot_name": "阿青", "bot_info": "剑客，话很少", "user_name": "旅人", "user_info": ""}
+    directory = shutil.copytree(adapter, tmp_path / "adapter")
+    (directory / ADAPTER_CARD).write_text(json.dumps(persona), encoding="utf-8")
+    with nano_server(nano, adapters={"剑客": directory}, cache_tokens=1024) as server:
+        completion = openai_client(server).chat.completions.create(model="剑客", **ask("你好"))
+    tuned, tokenizer = helpers.load("nano", dtype="float32", device_map="cpu", adapter=directory)
+    expected, _ = helpers.chat(tuned, tokenizer, persona, "你好", do_sample=False, max_new_tokens=8)
+    assert completion.choices[0].message.content == expected
