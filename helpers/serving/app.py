@@ -223,6 +223,8 @@ def _without_422(schema: dict) -> dict:
     for path in schema["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
     return schema
 
 

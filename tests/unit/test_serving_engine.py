@@ -141,9 +141,10 @@ def test_a_reply_may_fill_the_whole_cache(nano, prompts, length):
 
 def test_cancelling_frees_the_slot(nano, prompts):
     async def scenario(engine):
-        with endless(engine.model, 0.005):
+        with endless(engine.model, 0.05):
             running, waiting = (engine.generate(prompt, parameters(**LONG)) for prompt in prompts[:2])
             assert await anext(aiter(running))
+            await asyncio.sleep(0.02)  # in the middle of the next token, which then comes for nobody
             for generation in (waiting, running):
                 generation.cancel()
                 generation.cancel()
