@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ ADAPTER_CARD = "card.json"  # the persona that an adapter speaks as, beside it
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 logger = logging.getLogger(__name__)
+# PEFT 0.21 asks for a property by the name it had before transformers 5.23: nothing that a reader could change.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 @dataclass(frozen=True)

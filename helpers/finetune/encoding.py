@@ -120,12 +120,12 @@ def share_prefix(rows: list[dict]) -> dict:
         ids, positions, row_of = ids + row["input_ids"][shared:], positions + list(own), row_of + [number] * len(own)
     rows_of = torch.tensor(row_of)
     visible = ((rows_of[None] == 0) | (rows_of[None] == rows_of[:, None])).tril()
-    labels = torch.tensor([targets])
+    labels = torch.tensor([targets], dtype=torch.long)  # by itself, an empty list would become floats
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),
         "attention_mask": visible[None, None],
-        "logits_to_keep": torch.tensor(predictors),
+        "logits_to_keep": torch.tensor(predictors, dtype=torch.long),
         "labels": labels,
         "shift_labels": labels,
     }

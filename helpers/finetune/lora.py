@@ -4,7 +4,6 @@ A LoRA layer computes `W x + (alpha / r) B A x`: W is frozen, A has the shape (r
 (out, r) and starts at zero. So a new adapter changes nothing, and training has r (in + out) parameters instead of in * out.
 """
 
-import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -58,9 +57,7 @@ def add_lora(model, targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: 
     config = lora_config(targets, r, alpha, dropout)
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the trainer decides that
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks by the old name
-        return get_peft_model(model, config)
+    return get_peft_model(model, config)
 
 
 def count_lora_parameters(config: CharacterGLMConfig, targets: str = "qkv", r: int = 8) -> int:

@@ -98,11 +98,18 @@ class EpochGroupedSampler(LengthGroupedSampler):
 
     transformers' own sampler draws from torch's global random numbers: processes would disagree on the order, and a
     resumed epoch would not have the order it began with.
+
+    Args:
+        batch_size: rows of one training step, over all processes.
+        fillers: how many rows behind the others fill up the last step; they always come last.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, fillers: int = 0):
         super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
+        self.seed, self.fillers, self.epoch = seed, fillers, 0
+
+    def __len__(self):
+        return len(self.lengths) + self.fillers
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate before every epoch."""
@@ -110,7 +117,7 @@ class EpochGroupedSampler(LengthGroupedSampler):
 
     def __iter__(self):
         self.generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-        return super().__iter__()
+        return iter([*super().__iter__(), *range(len(self.lengths), len(self))])
 
 
 class LoraTrainer(Trainer):
@@ -119,10 +126,11 @@ class LoraTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = [len(row["input_ids"]) for row in train_dataset or self.train_dataset]
-        args = self.args
+        rows, args = train_dataset or self.train_dataset, self.args
+        lengths = [len(row["input_ids"]) for row in rows if row is not FILLER]
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return EpochGroupedSampler(step, lengths, args.seed if args.data_seed is None else args.data_seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return EpochGroupedSampler(step, lengths, seed, fillers=len(rows) - len(lengths))
 
     def training_step(self, *args, **kwargs):
         """As in transformers; raises before a loss that is not finite can reach the weights."""
