@@ -49,11 +49,7 @@ def serve(
     """
     api_key = api_key or None  # an empty one would let everybody in
     require_key(host, api_key, insecure)
-    listener = listen(host, port)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # Linux resets the connection of a client that reads nothing for so long. Closing it would not be enough: what
-        # is left to send would keep it open.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
+    listener = open_listener(host, port)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))
     _log_as_json()
     failed = threading.Event()
@@ -69,6 +65,15 @@ def serve(
     server.run(sockets=[listener])
     if failed.is_set():
         raise HelpersError(f"模型没有加载成功 [cannot load the model]：{app.state.service.failure}")
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """As `listen`; on Linux, the connection of a client that reads nothing for `SEND_SECONDS` is reset."""
+    listener = listen(host, port)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Closing such a connection would not be enough: what is left to send would keep it open.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
+    return listener
 
 
 def require_key(host: str, api_key: str | None, insecure: bool) -> None:

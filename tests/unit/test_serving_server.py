@@ -79,7 +79,7 @@ def test_a_key_that_no_header_can_hold(key):
 def test_port_in_use(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(HelpersError, match=rf"{port}.*\[port in use\].*--port \d+"):
+        with pytest.raises(HelpersError, match=rf"{port}.*\[port in use\].*例如 \d+"):
             serve("nano", port=port)
         assert Server("nano", port=port, log_file=tmp_path / "log").port > port
         assert f"端口 {port} 已被占用 [port in use]" in capsys.readouterr().out
