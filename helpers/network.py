@@ -29,7 +29,7 @@ def listen(host: str, port: int) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             raise HelpersError(f"不能绑定 {host}:{port} [cannot bind]：{error.strerror or error}") from None
         raise HelpersError(
-            f"端口 {port} 已被占用 [port in use]：换一个，例如 {free_port(port + 1)}，或先停掉占用它的程序"
+            f"端口 {port} 已被占用 [port in use]：换一个，例如 {free_port()}，或先停掉占用它的程序"
         ) from None
 
 
