@@ -100,11 +100,13 @@ class WebChat:
             yield changes
 
     async def _send(self, tab: Tab, text: str) -> AsyncIterator[dict]:
-        if text.strip():  # else it is the second click of two
-            self._writer(tab).send(text)
-            yield {self.view.box: "", **self._draw(tab)}
-            async for changes in self._follow(tab):
-                yield changes
+        if not text.strip():  # the second click of two
+            yield gr.skip()
+            return
+        self._writer(tab).send(text)
+        yield {self.view.box: "", **self._draw(tab)}
+        async for changes in self._follow(tab):
+            yield changes
 
     async def _regenerate(self, tab: Tab) -> AsyncIterator[dict]:
         self._writer(tab).regenerate()
