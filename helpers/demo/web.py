@@ -36,11 +36,12 @@ HIDDEN = {"show_progress": "hidden", "api_visibility": "undocumented"}
 
 @dataclass
 class Tab:
-    """One tab of a visitor's browser: which conversation it shows, and what of it was drawn last."""
+    """One tab of a visitor's browser: which conversation it shows, and what the clock has drawn of it."""
 
     visitor: Visitor
     name: str
     drawn: tuple[Writer, int] | None = None
+    followed: int = 0  # how many events are drawing a reply here
     undone: float = float("-inf")  # when
 
     @property
@@ -74,8 +75,7 @@ class WebChat:
 
     def _draw(self, tab: Tab) -> dict:
         writer = self._writer(tab)
-        tab.drawn = (writer, writer.changes)
-        return self.view.conversation(writer)
+        return {**self.view.conversation(writer), **self.view.error(writer.problem)}
 
     def _settings(self, tab: Tab) -> dict:
         return self.view.settings(tab.name, tab.visitor.conversations.names, tab.session)
@@ -83,11 +83,14 @@ class WebChat:
     async def _follow(self, tab: Tab) -> AsyncIterator[dict]:
         """Draw a reply while it grows, for as long as the tab shows it."""
         writer = self._writer(tab)
-        while writer.draft is not None and self._writer(tab) is writer:
-            tab.drawn = (writer, writer.changes)
-            yield self.view.growing(writer)
-            await asyncio.sleep(GROWING_SECONDS)
-        yield self._draw(tab)
+        tab.followed += 1
+        try:
+            while writer.draft is not None and self._writer(tab) is writer:
+                yield self.view.growing(writer)
+                await asyncio.sleep(GROWING_SECONDS)
+            yield self._draw(tab)
+        finally:
+            tab.followed -= 1
 
     # --- what the reader does; each takes the tab first and yields or returns what changes on the page
 
@@ -100,11 +103,13 @@ class WebChat:
             yield changes
 
     async def _send(self, tab: Tab, text: str) -> AsyncIterator[dict]:
-        if text.strip():  # else it is the second click of two
-            self._writer(tab).send(text)
-            yield {self.view.box: "", **self._draw(tab)}
-            async for changes in self._follow(tab):
-                yield changes
+        if not text.strip():  # the second click of two
+            yield gr.skip()
+            return
+        self._writer(tab).send(text)
+        yield {self.view.box: "", **self._draw(tab)}
+        async for changes in self._follow(tab):
+            yield changes
 
     async def _regenerate(self, tab: Tab) -> AsyncIterator[dict]:
         self._writer(tab).regenerate()
@@ -126,10 +131,16 @@ class WebChat:
             yield changes
 
     def _tick(self, tab: Tab) -> dict:
-        """Draw what was said in another tab."""
-        if tab.drawn == (self._writer(tab), self._writer(tab).changes):
+        """Draw what was said in another tab.
+
+        What this tab did itself is drawn once more: events overtake each other on their way to the browser, and of
+        what arrives, an older state of the conversation must not be the last.
+        """
+        writer = self._writer(tab)
+        if tab.followed or tab.drawn == (writer, writer.changes):
             return {}
-        return self._draw(tab)
+        tab.drawn = (writer, writer.changes)
+        return self.view.conversation(writer)
 
     def _stop(self, tab: Tab) -> dict:
         tab.session.stop()

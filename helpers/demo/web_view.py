@@ -61,6 +61,7 @@ HEAD = f"""{STYLE}<style>
 .cg-links{{--jp-content-link-color:var(--link-text-color);line-height:2}}
 .cg-buttons{{flex-wrap:wrap!important;gap:8px!important;align-items:center}}
 .cg-buttons>*{{flex:0 1 auto!important;min-width:44px!important;width:auto!important}}
+.cg-together{{flex-wrap:nowrap!important}}
 </style>"""
 
 
@@ -92,7 +93,9 @@ class WebView:
         return TEXTS[key][self.language == "en"]
 
     def _chat(self, names: list[str]) -> None:
-        self.picker = gr.Dropdown(names, value=names[0], label=self.text("character"), filterable=False)
+        self.picker = gr.Dropdown(
+            names, value=names[0], label=self.text("character"), filterable=False, elem_id="picker"
+        )
         with gr.Column(elem_classes="cg-scroll", elem_id="conversation"):
             self.draft = gr.HTML(elem_id="draft")  # first, because the column is turned over: it keeps the end in view
             self.log = gr.HTML(elem_id="log")
@@ -102,9 +105,10 @@ class WebView:
             self.send = self._button("send", "primary")
             self.stop = self._button("stop", "stop")
             self.regenerate = self._button("regenerate")
-            self.previous = gr.Button("‹", size="md", elem_id="previous")
-            self.position = gr.HTML(elem_id="position")
-            self.next = gr.Button("›", size="md", elem_id="next")
+            with gr.Row(elem_classes="cg-buttons cg-together"):
+                self.previous = gr.Button("‹", size="md", elem_id="previous")
+                self.position = gr.HTML(elem_id="position")
+                self.next = gr.Button("›", size="md", elem_id="next")
             self.undo, self.edit, self.clear = self._button("undo"), self._button("edit"), self._button("clear")
         with gr.Group(visible=False) as self.editor:
             self.query = gr.Textbox(label=self.text("query"), lines=2, elem_id="query")
@@ -151,7 +155,6 @@ class WebView:
             **{button: gr.update(visible=several, interactive=idle) for button in (self.previous, self.next)},
             self.position: gr.update(value=f"{session.alternative + 1}/{len(session.alternatives)}", visible=several),
             self.meter: self._meter(session),
-            **self.error(writer.problem),
         }
 
     def growing(self, writer: Writer) -> dict:

@@ -19,7 +19,6 @@ import pytest
 from fastapi import FastAPI
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AuthenticationError
-from gradio_client.utils import SKIP_COMPONENTS
 
 import helpers
 from helpers.demo import visitors as visitors_module
@@ -69,7 +68,7 @@ class Tab:
         self.client = Client(url, verbose=False, **options)
         types = {component["id"]: component for component in self.client.config["components"]}
         event = next(event for event in self.client.config["dependencies"] if event["api_name"] == "open")
-        outputs = [types[output] for output in event["outputs"] if types[output]["type"] not in SKIP_COMPONENTS]
+        outputs = [types[output] for output in event["outputs"] if not types[output]["skip_api"]]
         self.names = [output["props"].get("elem_id") or output["type"] for output in outputs]
         self.shown, self.steps = {}, []
         self("open", key)
@@ -254,7 +253,6 @@ def test_persona_reaches_the_prompt(tab, nano):
         ("apply", ("", "", "我", "", ""), "invalid persona"),
         ("apply", ("名" * 65, "", "我", "", ""), "invalid persona"),
         ("send", ("你" * 5000,), "prompt too long"),
-        ("send", ("\ud800",), "invalid Unicode"),
         ("regenerate", (), "no exchange yet"),
         ("undo", ("",), "no exchange yet"),
     ],
@@ -289,8 +287,10 @@ def test_unsent_text_comes_back(tab, nano):
     handle.remove()
     assert "CUDA out of memory" in tab.problem()
     assert len(tab.texts()) == 1 and tab.shown["box"] == ""
-    assert tab.client.predict("", api_name="/restore") == "你好"
-    assert tab.client.predict("", api_name="/restore") != "你好", "only once"
+    tab("restore", "")
+    assert tab.shown["box"] == "你好"
+    tab("restore", "新的话")
+    assert tab.shown["box"] == "你好", "only once; what is being typed stays"
     tab("send", "你好")
     assert tab.problem() == "" and len(tab.texts()) == 3
 
@@ -390,7 +390,6 @@ def test_everything_is_escaped(tab):
     tab("send", ATTACK)
     tab("save", ATTACK, ATTACK)
     tab("export")
-    tab("pick", ATTACK)
     assert tab.texts() == [ATTACK, ATTACK, ATTACK]
     for name in ("log", "draft", "problem", "meter", "links", "position"):
         tags = set(re.findall(r"<\s*(\w+)", tab.shown[name]))
