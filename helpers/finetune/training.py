@@ -72,6 +72,7 @@ def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # it would hide a NaN loss
         "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,
+        "ddp_find_unused_parameters": False,  # every adapter takes part in every step
         "use_cpu": model.device.type == "cpu",
         "report_to": "none",
         "disable_tqdm": not is_in_notebook(),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -449,6 +450,7 @@ def test_other_errors_are_not_called_out_of_memory(data, tmp_path):
 
 def command(*arguments, launch=()):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    environment["ACCELERATE_USE_CPU"] = "true"
     options = {"max_steps": 3, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 3, "save_steps": 3}
     settings = [word for name, value in options.items() for word in ("--set", name, str(value))]
     return subprocess.run(
@@ -477,14 +479,18 @@ def test_two_processes_do_what_one_does(small_file, tmp_path):
     """One process with batch 8, two with batch 4: the same rows in every step, each once, so the same losses."""
     common = ["--data", small_file, "--dropout", 0, "--set", "logging_steps", 1, "--set", "max_steps", 8]
     one = command(*common, "--batch-size", 8, "--output-dir", tmp_path / "one", launch=["-m", "helpers", "finetune"])
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # --multi_gpu means several processes; with ACCELERATE_USE_CPU they meet on the CPU (gloo).
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += [
         "--mixed_precision",
         "no",
         "--dynamo_backend",
         "no",
         "--main_process_port",
-        "0",
+        port,
         "-m",
         "helpers.finetune",
     ]
