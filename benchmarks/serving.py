@@ -15,15 +15,12 @@ Tokens are counted by encoding the replies again, in the same way for both sides
 """
 
 import asyncio
-import contextlib
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -35,11 +32,13 @@ from support.random_model import random_model
 
 import helpers
 from helpers.dialogues import load_dialogues
+from helpers.serving import Server
 from helpers.serving.load import ask_all, health_delays, percentile_99
 
 LESSON_SERVER = Path(__file__).parent / "support" / "lesson_server.py"
 CHARACTER = "苏梦远"
 GAP = 0.25
+PORT = 16006  # or the next free one
 console = Console()
 
 
@@ -77,10 +76,11 @@ async def compare(directory: Path, rounds: int, users: int, new_tokens: int) -> 
     """Medians over the rounds of everything measured."""
     bench = Bench(directory, new_tokens)
     measured: dict[str, list[float]] = {}
-    with (
-        running(["-m", "helpers", "serve", "--model", directory]) as ours,
-        running([LESSON_SERVER, directory]) as lesson,
-    ):
+    with tempfile.TemporaryDirectory() as logs, ExitStack() as servers:
+        ours, lesson = (
+            servers.enter_context(Server(directory, script=script, port=PORT, log_file=Path(logs) / name)).url
+            for name, script in (("ours", None), ("lesson", LESSON_SERVER))
+        )
         await bench.at_once(ours, users)  # warm-up
         await bench.at_once(lesson, 2)
         bench.plain(2)
@@ -161,34 +161,6 @@ class Bench:
         options |= {"stream": True, "max_tokens": self.new_tokens} if stream else {"max_length": self.max_length}
         answers, _ = await ask_all(url, self.prompts[:users], gap=GAP, **options)
         return statistics.median(answer.first for answer in answers)
-
-
-@contextlib.contextmanager
-def running(command: list):
-    """A server process on a free port; yields its address."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    port_arguments = ["--port", port] if command[0] == "-m" else [port]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, *map(str, [*command, *port_arguments])], stdout=log, stderr=log)
-        try:
-            yield wait_until_ready(f"http://127.0.0.1:{port}", process)
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def wait_until_ready(url: str, process: subprocess.Popen) -> str:
-    """Return the address when its /health says so."""
-    import httpx
-
-    while process.poll() is None:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", trust_env=False).json()["status"] == "ready":
-                return url
-        time.sleep(0.2)
-    raise RuntimeError("the server ended")
 
 
 def show(name: str, figures: dict[str, float], rounds: int, users: int) -> None:
