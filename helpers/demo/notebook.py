@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 
 import ipywidgets as widgets
 
-from ..characters import CharacterCard, load_characters
+from ..characters import CharacterCard
 from ..chat import ChatSession, context_length
-from ..errors import BusyError, CharacterError, HelpersError
+from ..errors import BusyError
 from .bubbles import STYLE, bubbles
-from .files import exported_files, open_file
+from .conversations import Conversations, change_persona
+from .files import exported_files
+from .status import error_text
 from .view import PanelView
 
 REFRESH_SECONDS = 0.1  # a growing reply is drawn this often; each time costs a message to the browser
@@ -22,9 +24,9 @@ BUSY = "正在生成回复 [busy]：请等它结束，或按“停止”"
 class ChatPanel:
     """A chat with every character, shown by the last line of a cell or by `display`.
 
-    Each character has a conversation of its own (`session` is the one shown), so changing the character, and opening a
-    file, loses none. Replies are written in a thread: the cell is done at once, and the kernel stays free. The panel
-    lives in the kernel, not in the page: show it again after a reload, or twice side by side.
+    Each character has a conversation of its own, so changing the character, and opening a file, loses none. Replies are
+    written in a thread: the cell is done at once, and the kernel stays free. The panel lives in the kernel, not in the
+    page: show it again after a reload, or twice side by side.
 
     The methods do what the buttons do, but raise where a button shows the error in the panel. With `block=True` a reply
     is written before the method returns; until then the kernel hears no button.
@@ -46,19 +48,17 @@ class ChatPanel:
         character: str | None = None,
         **generation,
     ):
-        cards = load_characters() if characters is None else characters
-        first = character or next(iter(cards), None)
-        if first not in cards:
-            raise CharacterError(f"没有叫 {first!r} 的角色 [unknown character]，可选：{'、'.join(cards)}")
-        self.sessions = {name: ChatSession(model, tokenizer, card, **generation) for name, card in cards.items()}
-        self.session = self.sessions[first]
-        self.view = PanelView(list(cards), first, context_length(model))
-        self._open_file = lambda content: open_file(model, tokenizer, content, **generation)
+        self.conversations = Conversations(model, tokenizer, characters, character, **generation)
+        self.view = PanelView(self.conversations.names, self.conversations.name, context_length(model))
         self._writing, self._thread = threading.Lock(), None
         self._connect()
         self.view.set_busy(False)
-        self.view.show_settings(self.session)
-        self.refresh()
+        self._show_conversation()
+
+    @property
+    def session(self) -> ChatSession:
+        """The conversation shown."""
+        return self.conversations.session
 
     def send(self, text: str | None = None, block: bool = False) -> None:
         """Say `text`, by default what is in the input line. If an error comes of it, it is put back there."""
@@ -101,22 +101,17 @@ class ChatPanel:
 
     def set_persona(self, card: CharacterCard) -> None:
         """Go on under another persona. Before the first message its greeting is shown, too."""
-        self.session.set_persona(card)
-        if not any(query for query, _ in self.session.history):
-            self.session.clear()
+        change_persona(self.session, card)
         self.view.show_settings(self.session)
         self.refresh()
 
     def open(self, content: bytes) -> None:
         """Open an exported conversation or a card (JSON or PNG) beside the others, and show it."""
         self._refuse_while_writing()
-        session = self._open_file(content)
-        name, number = session.session_meta.bot_name, 2
-        while name in self.sessions:
-            name, number = f"{session.session_meta.bot_name} ({number})", number + 1
-        self.sessions[name] = session
-        self.view.picker.options = list(self.sessions)
+        name = self.conversations.open(content)
+        self.view.picker.options = self.conversations.names  # may pick the first
         self.view.picker.value = name
+        self._show_conversation()
 
     def wait(self) -> None:
         """Return when the reply being written has ended."""
@@ -153,7 +148,7 @@ class ChatPanel:
         view.input.on_msg(self._entered)
         view.picker.observe(self._picked, "value")
         view.upload.observe(self._uploaded, "value")
-        view.parameters.on_change = lambda name, value: self.session.set_generation(**{name: value})
+        view.parameters.on_change = self._parameter_moved
 
     def _on_click(self, button: widgets.Button, action: Callable[[], None], once: bool = False) -> None:
         """Let a button do something; `once` ignores the second click of a double click, which would undo twice."""
@@ -173,23 +168,30 @@ class ChatPanel:
         try:
             action()
         except Exception as error:
-            self.view.show_error(_message(error))
+            self.view.show_error(error_text(error))
 
     def _entered(self, _, content: dict, buffers) -> None:
         if content.get("event") == "submit":  # the Enter key: the browser sends the text right after it
             threading.Timer(ENTER_SECONDS, self._attempt, [self.send]).start()
 
     def _picked(self, change) -> None:
-        if self.sessions[change.new] is self.session:
+        if change.new == self.conversations.name:
             return
         if self._writing.locked():  # the browser had not yet heard that it must wait
             self.view.picker.value = change.old
             return
-        self.session = self.sessions[change.new]
+        self.conversations.show(change.new)
+        self._show_conversation()
+
+    def _show_conversation(self) -> None:
         self.view.show_error("")
         self.view.editor.close()
         self.view.show_settings(self.session)
         self.refresh()
+
+    def _parameter_moved(self, name: str, value: float) -> None:
+        self.session.set_generation(**{name: value})
+        self.view.show_meter(self.session)
 
     def _uploaded(self, change) -> None:
         if change.new:
@@ -236,14 +238,10 @@ class ChatPanel:
             self.view.input.value = self.view.input.value or query
             raise
         finally:
-            self.view.set_busy(False)
             self.refresh()  # what the session made of it: the whole reply, or nothing after an error
+            self.view.set_busy(False)
             self._writing.release()
 
     def _refuse_while_writing(self) -> None:
         if self._writing.locked():
             raise BusyError(BUSY)
-
-
-def _message(error: Exception) -> str:
-    return str(error) if isinstance(error, HelpersError) else f"出错了 [error]：{type(error).__name__}: {error}"

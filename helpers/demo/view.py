@@ -5,6 +5,7 @@ import ipywidgets as widgets
 from ..chat import ChatSession
 from .bubbles import STYLE, bubbles, download_link, notice
 from .forms import EditForm, ParameterSliders, PersonaForm, button, row
+from .status import meter_text
 
 
 class PanelView:
@@ -77,10 +78,7 @@ class PanelView:
     def show_meter(self, session: ChatSession) -> None:
         """Show how much of the context is taken, and how fast the last reply was."""
         used, limit = session.context_used()
-        self.meter.value = (
-            f'<progress value="{used}" max="{limit}"></progress> {notice(_meter_text(session, used, limit))}'
-        )
-        self.links.value = ""  # they were of the conversation as it was
+        self.meter.value = f'<progress value="{used}" max="{limit}"></progress> {notice(meter_text(session))}'
 
     def draw(self, session: ChatSession, history: list[list[str]]) -> None:
         """One widget a message: only those that change travel to the browser. The log lists them from the bottom up."""
@@ -114,14 +112,3 @@ class PanelView:
             each.disabled = busy != (name == "stop")
         for each in (self.picker, self.upload, self.persona.apply, self.editor.save, self.previous, self.next):
             each.disabled = busy
-
-
-def _meter_text(session: ChatSession, used: int, limit: int) -> str:
-    text = f"上下文 {used:,} / {limit:,} token"
-    if session.dropped_turns:
-        text += f"，最早的 {session.dropped_turns} 轮已放不下"
-    if statistics := session.statistics:
-        text += f" · 首字 {statistics['time_to_first_token']:.2f} 秒"
-        if statistics["tokens_per_second"]:
-            text += f"，之后每秒 {statistics['tokens_per_second']:.0f} token"
-    return text

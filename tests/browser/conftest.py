@@ -95,26 +95,33 @@ def write_setting(folder: Path, plugin: str, values: dict) -> None:
     file.write_text(json.dumps(values))
 
 
-@pytest.fixture
-def page():
-    """A page of a real browser that notes requests to other machines and errors on its console."""
-    with browser_page() as page:
-        yield page
-
-
-@contextmanager
-def browser_page():
-    """What the fixture `page` is, for as long as the caller wants it."""
+@pytest.fixture(scope="module")
+def browser():
+    """A real browser. Not for the whole session: while Playwright runs, no test of that thread can use asyncio."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=CHROMIUM_OPTIONS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.outside_requests, page.console_errors = [], []
-        page.on("request", lambda request: _note_outside(page, request.url))
-        page.on("console", lambda message: _note_error(page, message))
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page of a real browser that notes requests to other machines and errors on its console."""
+    with new_page(browser) as page:
+        yield page
+
+
+@contextmanager
+def new_page(browser):
+    """What the fixture `page` is, for as long as the caller wants it."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.outside_requests, page.console_errors = [], []
+    page.on("request", lambda request: _note_outside(page, request.url))
+    page.on("console", lambda message: _note_error(page, message))
+    yield page
+    page.close()
 
 
 def _note_outside(page, url: str) -> None:

@@ -346,7 +346,7 @@ def test_export_and_import_of_a_conversation(panel):
     assert panel.view.parameters.sliders["temperature"].value == 2.0
     assert panel.view.position.value == "2/3"
     assert panel.view.upload.value == ()
-    assert panel.sessions["苏梦远"].export() == exported, "the open conversation is still there"
+    assert panel.conversations.sessions["苏梦远"].export() == exported, "the open conversation is still there"
 
 
 @pytest.mark.parametrize("ending", ["json", "png"])
@@ -363,12 +363,12 @@ def test_export_and_import_of_a_card(nano, panel, ending):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\x89PNG\r\n\x1a\n", b'{"spec": "chara_card_v3"}'])
 def test_bad_file_is_refused_in_the_panel(panel, content):
-    before = dict(panel.sessions)
+    before = panel.conversations.names
     upload(panel, content)
     assert re.search(
         r"\[(invalid JSON|not a JSON object|not an exported chat|damaged image|not a V2 card)\]", error(panel)
     )
-    assert panel.sessions == before
+    assert panel.conversations.names == before
     say(panel, "你好呀")
     assert error(panel) == ""
 
@@ -466,7 +466,6 @@ def test_sliders_show_and_set_the_parameters(panel):
     assert sliders["max_length"].value == sliders["max_length"].max == 2048
     sliders["top_p"].value, sliders["max_length"].value = 0.5, 512
     assert panel.session.generation == {**GREEDY, "top_p": 0.5, "max_length": 512}
-    panel.refresh()
     assert "/ 512 token" in panel.view.meter.value
 
 

@@ -1,13 +1,14 @@
 """Two characters talk to each other, on CharacterGLM-Nano; where they must say something certain, they are made to."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 
 import helpers
-from helpers.demo import duet
 from helpers.demo.duet import converse
 from helpers.errors import ChatError
+from helpers.tokenization import NEWLINE_ID
 
 FIRST = {"bot_name": "阿九", "bot_info": "飞船"}
 SECOND = {"bot_name": "林舟", "bot_info": "船长"}
@@ -19,20 +20,21 @@ def nano():
     return helpers.load("nano", dtype="float32", device_map="cpu")
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Make both say these replies, in turn; prompts are still rendered and checked by the real session."""
-    replies = []
+@contextmanager
+def saying(model, tokenizer, replies):
+    """Make the model say these replies, one after the other, whatever the prompts."""
+    texts = [tokenizer(reply, add_special_tokens=False)["input_ids"] if reply else [] for reply in replies]
+    script = iter([token for text in texts for token in [*text, NEWLINE_ID]])
 
-    class Scripted(duet.ChatSession):
-        def send(self, query, **generation):
-            self.history.append([query, replies[sum(len(seen) for seen in said)]])
-            said.append([query])
-            return self.history[-1][1]
+    def hook(module, args, output):
+        output.logits[:, -1, :] = -1e4
+        output.logits[:, -1, next(script)] = 1e4
 
-    said: list[list[str]] = []
-    monkeypatch.setattr(duet, "ChatSession", Scripted)
-    return replies
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def test_each_speaks_in_turn_and_sees_the_other_as_the_user(nano):
@@ -73,9 +75,9 @@ def test_export_holds_every_line_and_can_be_continued(nano, turns):
         (["真亮啊", "我们来聊聊星星吧", "三百颗", "不止吧"], "repeated", 1),
     ],
 )
-def test_they_stop(nano, script, replies, ended, kept):
-    script += replies
-    talk = converse(*nano, FIRST, SECOND, "星星", turns=4)
+def test_they_stop(nano, replies, ended, kept):
+    with saying(*nano, replies):
+        talk = converse(*nano, FIRST, SECOND, "星星", turns=4)
     assert talk.ended == ended
     assert talk.lines == [OPENING, *zip(["林舟", "阿九"] * 2, replies[:kept])]
     assert [text for entry in talk.session.history for text in entry if text] == [text for _, text in talk.lines]
