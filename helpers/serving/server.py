@@ -50,7 +50,7 @@ def serve(
     api_key = api_key or None  # an empty one would let everybody in
     require_key(host, api_key, insecure)
     listener = open_listener(host, port)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))
+    torch.set_num_threads(threads or default_threads())
     _log_as_json()
     failed = threading.Event()
 
@@ -65,6 +65,11 @@ def serve(
     server.run(sockets=[listener])
     if failed.is_set():
         raise HelpersError(f"模型没有加载成功 [cannot load the model]：{app.state.service.failure}")
+
+
+def default_threads() -> int:
+    """Threads for torch on a CPU: one core is left for the network and for the clients on the same machine."""
+    return max(1, (os.cpu_count() or 1) - 1)
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -118,6 +123,7 @@ class Server:
         python_path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH")]))
         self.environment = {**os.environ, "PYTHONPATH": python_path, "PYTHONIOENCODING": "utf-8"}
         self.environment[API_KEY_VARIABLE] = api_key or ""
+        self.environment.setdefault("OMP_NUM_THREADS", str(default_threads()))  # a script gets as many as `serve` takes
         if script is None:
             arguments = ["-m", "helpers", "serve", "--model", model, "--port", self.port, "--until-stdin-closes"]
         else:
