@@ -365,9 +365,9 @@ def test_export_and_import(tab, url, tmp_path):
         (tmp_path / name).write_bytes(content)
     other = Tab(url)
     other("import", handle_file(tmp_path / "苏梦远.json"))
-    assert other.texts() == tab.texts() and other.shown["dropdown"] == "苏梦远 (2)"
+    assert other.texts() == tab.texts() and other.shown["picker"] == "苏梦远 (2)"
     other("import", handle_file(tmp_path / "苏梦远_card.png"))
-    assert other.texts() == tab.texts()[:1] and other.shown["dropdown"] == "苏梦远 (3)"
+    assert other.texts() == tab.texts()[:1] and other.shown["picker"] == "苏梦远 (3)"
     other("pick", "苏梦远 (2)")
     assert other.texts() == tab.texts()
     assert "你好" in files["苏梦远.md"].decode()
@@ -379,7 +379,7 @@ def test_bad_file_is_refused(tab, tmp_path, content):
     before = tab.texts()
     tab("import", handle_file(tmp_path / "bad.json"))
     assert re.search(r"\[[\w ]+\]：", tab.problem())
-    assert tab.texts() == before and tab.shown["dropdown"] == "苏梦远"
+    assert tab.texts() == before and tab.shown["picker"] == "苏梦远"
 
 
 # --- safety
