@@ -12,13 +12,12 @@ from ..errors import BusyError
 from .bubbles import STYLE, bubbles
 from .conversations import Conversations, change_persona
 from .files import exported_files
-from .status import error_text
+from .status import BUSY, error_text
 from .view import PanelView
 
 REFRESH_SECONDS = 0.1  # a growing reply is drawn this often; each time costs a message to the browser
 DOUBLE_CLICK_SECONDS = 0.5
 ENTER_SECONDS = 0.1
-BUSY = "正在生成回复 [busy]：请等它结束，或按“停止”"
 
 
 class ChatPanel:

@@ -3,6 +3,8 @@
 from ..chat import ChatSession
 from ..errors import HelpersError
 
+BUSY = "正在生成回复 [busy]：请等它结束，或按“停止”"
+
 
 def meter_text(session: ChatSession, language: str = "zh") -> str:
     """Tokens used of the context and, once there is a reply, its speed; `language` is "zh" or "en"."""

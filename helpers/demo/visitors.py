@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..chat import ChatSession
 from ..errors import BusyError
 from .conversations import Conversations
-from .status import error_text
+from .status import BUSY, error_text
 
 MAX_VISITORS = 500  # who has not been here for longest is forgotten
 MAX_CACHES = 8  # conversations that keep their KV cache: that of a 6B conversation of 2,000 tokens takes 57 MB
@@ -44,7 +44,7 @@ class Writer:
     def _start(self, texts: Iterator[str], past: list[list[str]], query: str) -> None:
         with self._lock:
             if self.draft is not None:
-                raise BusyError("正在生成回复 [busy]：请等它结束，或按“停止”")
+                raise BusyError(BUSY)
             self.past, self.draft, self.problem = past, [query, ""], ""
         self.changes += 1
         threading.Thread(target=self._read, args=(texts, query), name="writer", daemon=True).start()
