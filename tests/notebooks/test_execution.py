@@ -1,12 +1,16 @@
 """Every notebook runs headless on Nano, from any folder; what cannot run says why."""
 
 import json
+import re
+import socket
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from helpers.network import port_is_free
 from helpers.runner import NOTEBOOKS_DIR, find_notebooks
 
 NUMBERS = sorted(path.name[:2] for path in NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
@@ -39,6 +43,30 @@ def test_plain_papermill_runs_a_notebook_from_any_folder(run_command, tmp_path: 
     done = run_command("-m", "papermill", str(path), "out.ipynb", "-p", "MODEL", "nano", "--no-progress-bar")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "outputs" / "receipt_01.json").exists()
+
+
+@pytest.mark.slow
+def test_a_failing_cell_leaves_no_server_behind(run_command, tmp_path: Path) -> None:
+    """Notebook 02 with its port taken and a cell that fails right after the server has started."""
+    notebook = nbformat.read(find_notebooks(["02"])[0], as_version=4)
+    start = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("server = Server("))
+    notebook.cells = [*notebook.cells[: start + 1], nbformat.v4.new_code_cell("1 / 0")]
+    nbformat.write(notebook, tmp_path / "broken.ipynb")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        parameters = ["-p", "MODEL", "nano", "-p", "MAX_USERS", "2", "-p", "PORT", str(taken), "--no-progress-bar"]
+        done = run_command("-m", "papermill", "broken.ipynb", "out.ipynb", *parameters)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    outputs = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    said = "".join(output.get("text", "") for cell in outputs for output in cell.get("outputs", []))
+    assert f"端口 {taken} 已被占用 [port in use]" in said
+    port = int(re.search(r"http://127\.0\.0\.1:(\d+) ready", said)[1])
+    assert port != taken
+    deadline = time.monotonic() + 20
+    while not port_is_free("127.0.0.1", port):
+        assert time.monotonic() < deadline, "the server outlived its notebook"
+        time.sleep(0.2)
 
 
 def test_unknown_parameter_is_refused_before_anything_runs(run_command, tmp_path: Path) -> None:
