@@ -38,7 +38,9 @@ def exported_file(session: ChatSession, name: str) -> bytes:
 
 
 def open_file(model, tokenizer, content: bytes, **generation) -> ChatSession:
-    """A session from the content of a file: an exported conversation goes on, a card (JSON or PNG) begins a new one.
+    """A session from the content of a file: an exported conversation goes on, a character begins a new one.
+
+    A character is a card V2 (JSON or PNG), or a plain persona as it stands beside a fine-tuned adapter.
 
     Args:
         **generation: defaults for a new conversation; an exported one brings its own.
@@ -51,6 +53,8 @@ def open_file(model, tokenizer, content: bytes, **generation) -> ChatSession:
     parsed = parse_json_object(content)
     if "spec" in parsed:
         return ChatSession(model, tokenizer, import_card_v2(parsed), **generation)
+    if "bot_name" in parsed:
+        return ChatSession(model, tokenizer, parsed, **generation)
     return ChatSession.restore(model, tokenizer, parsed)
 
 

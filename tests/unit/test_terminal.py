@@ -17,7 +17,9 @@ from rich.console import Console
 import helpers
 from helpers.characters import MAX_FILE_BYTES
 from helpers.demo.conversations import Conversations
+from helpers.demo.files import open_file
 from helpers.demo.terminal import TerminalChat, plain
+from helpers.errors import CharacterError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 CHAT = ("-m", "helpers", "chat", "--model", "nano")
@@ -421,3 +423,12 @@ def test_terminal_without_utf8(environment):
         child.expect(pexpect.EOF)
         child.close()
         assert child.exitstatus == 0
+
+
+def test_a_plain_persona_begins_a_conversation(nano):
+    persona = {"bot_name": "鲁智深", "bot_info": "自称洒家", "user_name": "林冲", "greeting": "陪洒家喝一碗！"}
+    session = open_file(*nano, json.dumps(persona).encode(), seed=1)
+    assert (session.session_meta.bot_name, session.history) == ("鲁智深", [["", "陪洒家喝一碗！"]])
+    assert session.generation == {"seed": 1}
+    with pytest.raises(CharacterError, match="user_name"):
+        open_file(*nano, json.dumps(persona | {"user_name": ""}).encode())
