@@ -6,6 +6,7 @@ import ipywidgets as widgets
 
 from ..characters import CharacterCard, SessionMeta, as_session_meta
 from ..generation import GenerationParameters
+from .controls import SLIDERS
 
 WIDE = {"description_width": "130px"}
 FULL = widgets.Layout(width="98%")
@@ -16,7 +17,6 @@ PERSONA_LABELS = {
     "user_info": "你的身份 user_info",
     "greeting": "开场白 greeting",
 }
-SLIDERS = {"temperature": (0.05, 2.0, 0.05), "top_p": (0.05, 1.0, 0.05), "repetition_penalty": (1.0, 2.0, 0.05)}
 
 
 def button(label: str, icon: str, tooltip: str, style: str = "") -> widgets.Button:

@@ -10,13 +10,13 @@ from ..characters import CharacterCard
 from ..chat import ChatSession, context_length
 from ..errors import BusyError
 from .bubbles import STYLE, bubbles
+from .controls import DOUBLE_CLICK_SECONDS
 from .conversations import Conversations, change_persona
 from .files import exported_files
 from .status import BUSY, error_text
 from .view import PanelView
 
 REFRESH_SECONDS = 0.1  # a growing reply is drawn this often; each time costs a message to the browser
-DOUBLE_CLICK_SECONDS = 0.5
 ENTER_SECONDS = 0.1
 
 

@@ -22,6 +22,7 @@ from ..chat import ChatSession, context_length
 from ..errors import ChatError, HelpersError
 from ..loading import load
 from ..network import DEFAULT_PORT, is_loopback, listen
+from .controls import DOUBLE_CLICK_SECONDS
 from .conversations import Conversations, change_persona
 from .files import exported_files
 from .status import error_text
@@ -29,7 +30,6 @@ from .visitors import Visitor, Visitors, Writer
 from .web_view import HEAD, THEME, WebView
 
 GROWING_SECONDS = 0.1  # a growing reply is drawn this often
-DOUBLE_CLICK_SECONDS = 0.5
 PASSWORD_VARIABLE = "CHARACTERGLM_DEMO_PASSWORD"
 HIDDEN = {"show_progress": "hidden", "api_visibility": "undocumented"}
 

@@ -9,6 +9,7 @@ import gradio as gr
 from ..chat import ChatSession
 from ..generation import GenerationParameters
 from .bubbles import STYLE, bubbles, download_link, notice
+from .controls import SLIDERS
 from .status import meter_text
 from .visitors import Writer
 
@@ -40,7 +41,6 @@ TEXTS = {
     "import": ("导入对话或角色卡", "Open a conversation or a card"),
 }
 PERSONA_FIELDS = ("bot_name", "bot_info", "user_name", "user_info", "greeting")
-SLIDERS = {"temperature": (0.05, 2.0, 0.05), "top_p": (0.05, 1.0, 0.05), "repetition_penalty": (1.0, 2.0, 0.05)}
 REFRESH_SECONDS = 1.0  # how soon a tab sees what was said in another one
 
 # Only fonts of the reader's own machine: Gradio's default theme brings files, other themes ask Google.
