@@ -30,6 +30,7 @@ from .visitors import Visitor, Visitors, Writer
 from .web_view import HEAD, THEME, WebView
 
 GROWING_SECONDS = 0.1  # a growing reply is drawn this often
+STREAM_SECONDS = 5.0  # how soon the server notices that a tab has been closed
 PASSWORD_VARIABLE = "CHARACTERGLM_DEMO_PASSWORD"
 HIDDEN = {"show_progress": "hidden", "api_visibility": "undocumented"}
 
@@ -202,6 +203,7 @@ class WebChat:
         ]
         self._everything.append(view.editor)
         view.blocks.load(self._steps(self._open), [view.visitor], self._everything, api_name="open", **HIDDEN)
+        view.blocks.load(_hold_stream, None, None, api_name="stream", **HIDDEN)
         sent = gr.on([view.box.submit, view.send.click], **self._event(self._send, view.box))
         again = gr.on([view.regenerate.click], **self._event(self._regenerate))
         for event in (sent, again):
@@ -260,6 +262,17 @@ class WebChat:
                 yield self.view.error(error_text(error))
 
         return act
+
+
+async def _hold_stream() -> AsyncIterator[None]:
+    """An event of each tab that never ends, and so keeps the stream open on which answers come to the browser.
+
+    Gradio closes the stream with the last event under way. What is clicked in that moment was never answered, and its
+    button stayed dead.
+    """
+    while True:
+        yield
+        await asyncio.sleep(STREAM_SECONDS)
 
 
 def _require_open(tab) -> None:

@@ -241,6 +241,18 @@ def test_attack_does_nothing(chat):
     assert chat.locator("#conversation img, #conversation script, #conversation b").count() == 0
 
 
+def test_a_tab_keeps_its_stream(chat):
+    """Gradio would open and close one for every click, and now and then lose a click in between."""
+    opened = []
+    chat.on("request", lambda request: opened.append(request.url) if "/queue/data" in request.url else None)
+    for _ in range(2):
+        chat.locator("#edit").click()
+        expect(box(chat, "response")).to_be_visible()
+        chat.locator("#cancel").click()
+        expect(box(chat, "response")).to_be_hidden()
+    assert opened == []
+
+
 def test_reload_keeps_the_conversation(chat):
     say(chat, "你好")
     ready(chat)
