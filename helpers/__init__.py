@@ -5,29 +5,34 @@ model, tokenizer = helpers.load("auto")
 reply, history = helpers.chat(model, tokenizer, helpers.load_characters()["苏梦远"], "你好呀，小苏")
 """
 
-from . import modeling, tokenization
-from .characters import (
-    CharacterCard,
-    SessionMeta,
-    export_card_png,
-    export_card_v2,
-    get_character,
-    import_card_v2,
-    load_characters,
-)
-from .chat import ChatSession, ContextWarning, chat, stream_chat
-from .display import prompt_xray
-from .doctor import memory, preflight
-from .download import download_model
-from .errors import HelpersError
-from .estimate import Estimate, estimate
-from .loading import LoadChoice, choose, load, pick_model, resolve_model
-from .receipt import write_receipt
+import sys
+
+
+def _is_command() -> bool:
+    """Whether this import is the first step of `python -m helpers ...`, when Python has not replaced "-m" yet."""
+    return sys.argv[:1] == ["-m"] and any(word.split(".")[0] == __name__ for word in sys.orig_argv)
+
+
+if not _is_command():  # a command imports what it needs by itself: --help does not wait for torch
+    from .characters import (
+        CharacterCard,
+        SessionMeta,
+        export_card_png,
+        export_card_v2,
+        get_character,
+        import_card_v2,
+        load_characters,
+    )
+    from .chat import ChatSession, ContextWarning, chat, stream_chat
+    from .display import prompt_xray
+    from .doctor import memory, preflight
+    from .download import download_model
+    from .errors import HelpersError
+    from .estimate import Estimate, estimate
+    from .loading import LoadChoice, choose, load, pick_model, resolve_model
+    from .receipt import write_receipt
 
 __version__ = "0.1.0"
-
-modeling.register()
-tokenization.register()
 
 __all__ = [
     "CharacterCard",

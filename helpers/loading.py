@@ -1,4 +1,7 @@
-"""From a model name to a model on a device: which files, which dtype, which device, and why."""
+"""From a model name to a model on a device: which files, which dtype, which device, and why.
+
+Importing this module registers the CharacterGLM family with transformers' Auto classes.
+"""
 
 import hashlib
 import logging
@@ -9,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from . import modeling, tokenization
 from .characters import SessionMeta, as_session_meta, read_json_object
 from .checkpoint import read_json, stored_shapes, verify_checkpoint, verify_weight_file, weight_files
 from .download import find_downloaded
@@ -22,6 +26,8 @@ ADAPTER_CARD = "card.json"  # the persona that an adapter speaks as, beside it
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 logger = logging.getLogger(__name__)
+modeling.register()
+tokenization.register()
 # PEFT 0.21 asks for a property by the name it had before transformers 5.23: nothing that a reader could change.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
