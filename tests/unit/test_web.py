@@ -64,15 +64,22 @@ def url(nano):
 class Tab:
     """One tab: calls what the components call and keeps what they then show."""
 
-    def __init__(self, url, key="", **options):
+    def __init__(self, url, key="", wait=True, **options):
         self.client = Client(url, verbose=False, **options)
         types = {component["id"]: component for component in self.client.config["components"]}
         event = next(event for event in self.client.config["dependencies"] if event["api_name"] == "open")
         outputs = [types[output] for output in event["outputs"] if not types[output]["skip_api"]]
         self.names = [output["props"].get("elem_id") or output["type"] for output in outputs]
         self.shown, self.steps = {}, []
-        self("open", key)
+        self.opening = self.begin("open", key)
+        if wait:
+            self.opened()
+
+    def opened(self):
+        """Wait until the page shows everything."""
+        self.end(self.opening)
         self.key = self.shown["browserstate"]
+        return self
 
     def __call__(self, name, *values):
         return self.end(self.begin(name, *values))
@@ -113,8 +120,11 @@ def tab(url):
 
 
 @contextmanager
-def slow(model, seconds=0.05):
-    handle = model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+def slow(model, seconds=0.05, wait=time.sleep):
+    def before(*_):
+        wait(seconds)
+
+    handle = model.register_forward_pre_hook(before)
     try:
         yield
     finally:
@@ -333,11 +343,15 @@ def test_two_tabs_do_not_write_at_once(tab, url, nano):
 
 
 def test_reload_during_a_reply_loses_nothing(tab, url, nano):
-    with slow(nano[0], 0.1):
+    go_on = threading.Event()
+    with slow(nano[0], 0.1), slow(nano[0], 60, go_on.wait):
         job = tab.begin("send", "讲个故事")
         wait_until(lambda: len(job.outputs()) > 2)
         job.cancel()
-        reloaded = Tab(url, tab.key)
+        reloaded = Tab(url, tab.key, wait=False)
+        wait_until(lambda: reloaded.opening.outputs())
+        go_on.set()
+        reloaded.opened()
     drafts = {step[reloaded.names.index("draft")] for step in reloaded.steps}
     assert len(drafts) > 3, "it goes on growing on the new page"
     assert reloaded.texts()[1] == "讲个故事" and len(reloaded.texts()) == 3
