@@ -25,8 +25,8 @@ def nano():
 
 @pytest.fixture(scope="module")
 def url(nano):
-    """The page with replies of 40 tokens, each of which takes at least 0.03 s."""
-    handle = nano[0].register_forward_pre_hook(lambda *_: time.sleep(0.03))
+    """The page with replies of 40 tokens, each of which takes at least 0.08 s."""
+    handle = nano[0].register_forward_pre_hook(lambda *_: time.sleep(0.08))
     with launch(*nano, port=0, **LONG) as demo:
         yield demo.url
     handle.remove()
