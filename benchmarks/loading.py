@@ -1,13 +1,14 @@
 """How long does loading take against reading the files, and how much memory against their size?
 
-Measured: `helpers.load` in the dtype of the files plus one look at every page of the weights, because on a CPU they stay
-in the files, mapped into memory, until they are used. Each load runs in a process of its own that has loaded Nano once,
-so that libraries do not count. Against it: reading the same files in pieces of 8 MB. In turns, medians; with the files in
-the page cache (warm) and dropped from it (cold; a virtual machine's host may keep them all the same).
+Against each other, in turns: reading the files in pieces of 8 MB, and `helpers.load` in a process of its own that has
+loaded Nano once, so that libraries do not count. On a CPU the weights stay in the files, mapped into memory, until they
+are used. So there are two times: "load" is until `load` returns, "used" is until every page of the weights was looked at,
+as the first reply would. With the files in the page cache (warm) and dropped from it (cold; a virtual machine's host may
+keep them all the same). Medians. What does not depend on the size (config, tokenizer, checks) is the time of Nano.
 
-Peak memory, above that before the load, over the weights' size in memory: "resident" is all of it, with the pages of
-mapped files, which the kernel may drop at any time; "allocated" is without those. In another dtype the numbers are
-converted one tensor at a time, so what is allocated is one model, never the shards beside it.
+Peak memory, above that before the load, over the weights' size in memory: the peak in the table is all that is resident,
+with the pages of mapped files, which the kernel may drop at any time; "allocated" is without those. In another dtype the
+numbers are converted one tensor at a time, so what is allocated is one model, never the shards beside it.
 
     python benchmarks/loading.py             # models of up to 1.3 billion random weights: 6 GB of disk
     python benchmarks/loading.py --quick     # Nano and 100 million
@@ -46,7 +47,7 @@ SHAPES = {
     "300M": {"num_layers": 18, "hidden_size": 1024, "ffn_hidden_size": 3424, "num_attention_heads": 16},
     "1.3B": {"num_layers": 20, "hidden_size": 2048, "ffn_hidden_size": 6848, "num_attention_heads": 32},
 }
-COLUMNS = ["model", "files", "dtype", "cache", "read ms", "load ms", "ratio", "peak"]
+COLUMNS = ["model", "files", "dtype", "cache", "read", "load", "used", "peak"]
 
 
 def main(
@@ -68,7 +69,7 @@ def main(
         COLUMNS,
         rows,
         ratios=ratios,
-        setting=f"CPU, median of {repetitions}; ratios here are better when smaller",
+        setting=f"CPU, milliseconds, median of {repetitions}; ratios here are better when smaller",
         json_file=json_file,
     )
 
@@ -93,26 +94,33 @@ def compare(name: str, directory: Path, cache: str, repetitions: int, rows: list
         reads.append(read_files(files))
         prepare(files, cache)
         loads.append(load(directory, dtype))
-    read, loaded = statistics.median(reads), statistics.median(run["seconds"] for run in loads)
-    peak = max(run["resident"] / run["weights"] for run in loads)
-    rows.append(row(name, files, dtype, cache, read, loaded, peak))
-    case = f"{name} {files[0].suffix} {cache}"
-    ratios |= {f"{case}: load / read": loaded / read, f"{case}: peak / weights": peak}
+    rows.append(row(name, files, dtype, cache, reads, loads))
+    add_ratios(ratios, f"{name} {files[0].suffix} {cache}", statistics.median(reads), loads)
+
+
+def add_ratios(ratios: dict, case: str, read: float, loads: list[dict]) -> None:
+    """Medians of the times over that of reading; the highest peak over the weights."""
+    ratios |= {f"{case}: {step} / read": median(loads, step) / read for step in ("load", "used")}
+    ratios[f"{case}: peak / weights"] = max(run["resident"] / run["weights"] for run in loads)
 
 
 def add_converted(name: str, directory: Path, rows: list, ratios: dict) -> None:
     """Load as float32, for the memory: add a row and what was allocated."""
     files, run = weight_files(directory), load(directory, "float32")
-    rows.append(
-        row(name, files, "float32", "warm", read_files(files), run["seconds"], run["resident"] / run["weights"])
-    )
+    rows.append(row(name, files, "float32", "warm", [read_files(files)], [run]))
     ratios[f"{name} {files[0].suffix} as float32: allocated / weights"] = run["allocated"] / run["weights"]
 
 
-def row(name: str, files: list[Path], dtype: str, cache: str, read: float, loaded: float, peak: float) -> list[str]:
+def row(name: str, files: list[Path], dtype: str, cache: str, reads: list[float], loads: list[dict]) -> list[str]:
     """A line of the table."""
-    times = [f"{seconds * 1000:,.0f}" for seconds in (read, loaded)]
-    return [name, files[0].suffix[1:], dtype, cache, *times, f"{loaded / read:.2f}x", f"{peak:.2f}x"]
+    times = statistics.median(reads), median(loads, "load"), median(loads, "used")
+    peak = max(run["resident"] / run["weights"] for run in loads)
+    return [name, files[0].suffix[1:], dtype, cache, *(f"{time * 1000:,.0f}" for time in times), f"{peak:.2f}x"]
+
+
+def median(runs: list[dict], step: str) -> float:
+    """The median of one figure of several loads."""
+    return statistics.median(run[step] for run in runs)
 
 
 def stored_dtype(directory: Path) -> str:
@@ -148,15 +156,16 @@ def load(directory: Path, dtype: str) -> dict:
 
 
 def measure_here(directory: Path, dtype: str) -> dict:
-    """Seconds until the weights have been loaded and looked at, their bytes, and the peaks of memory."""
+    """Seconds until the model is there and until all of it was looked at; bytes of the weights and at the peaks."""
     helpers.load("nano", device_map="cpu")
     with PeakMemory() as peak:
         start = time.perf_counter()
         model, _ = helpers.load(directory, dtype=dtype, device_map="cpu")
+        loaded = time.perf_counter() - start
         look_at_every_page(model)
-        seconds = time.perf_counter() - start
-    weights = model.get_memory_footprint()
-    return {"seconds": seconds, "weights": weights, "resident": peak.resident, "allocated": peak.allocated}
+        used = time.perf_counter() - start
+    memory = {"weights": model.get_memory_footprint(), "resident": peak.resident, "allocated": peak.allocated}
+    return {"load": loaded, "used": used} | memory
 
 
 def look_at_every_page(model) -> None:

@@ -165,13 +165,26 @@ def verify_model(directory: Path, config=None) -> None:
 
 def expected_shapes(config: CharacterGLMConfig) -> tuple[dict, dict]:
     """Names and shapes of the weights a checkpoint with this config must hold: in the original layout, and in GLM's."""
+    one_block = deepcopy(config)
+    one_block.num_hidden_layers = 1
     with torch.device("meta"), no_init_weights():  # shapes only: no memory, no random numbers
-        model = CharacterGLMForCausalLM(deepcopy(config))
+        model = CharacterGLMForCausalLM(one_block)
     native = model.state_dict()
     if config.tie_word_embeddings:
         native.pop("lm_head.weight")
     original = revert_weight_conversion(model, native)
-    return tuple({name: tuple(tensor.shape) for name, tensor in layout.items()} for layout in (original, native))
+    return tuple(_repeat_block(layout, config.num_hidden_layers) for layout in (original, native))
+
+
+def _repeat_block(tensors: dict[str, torch.Tensor], blocks: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model with `blocks` blocks, which are all alike, from the tensors of a model with one."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    first = {name: shapes.pop(name) for name in tensors if ".layers.0." in name}
+    return shapes | {
+        name.replace(".layers.0.", f".layers.{number}."): shape
+        for number in range(blocks)
+        for name, shape in first.items()
+    }
 
 
 def _qkv(suffix: str) -> WeightConverter:
