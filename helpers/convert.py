@@ -25,14 +25,14 @@ from .loading import resolve_model
 from .modeling import verify_model
 from .receipt import write_json
 
-SHARD_SIZE = "2GB"  # of the files written: no more than this is in memory at a time
+SHARD_SIZE = "2GB"  # of the files written; in memory at a time are one of them and its original
 
 
 def convert_checkpoint(model: str | Path, directory: str | Path) -> Path:
     """Write a safetensors copy of a model into `directory`, which appears complete or not at all.
 
     The copy holds the weights under their original names, bit for bit and compared, the tokenizer, the settings without
-    `auto_map`, and the licence; no remote code. Memory: at most one file of `SHARD_SIZE`, mapped rather than allocated.
+    `auto_map`, and the licence; no remote code. Memory: one file of `SHARD_SIZE` and its original, mapped rather than allocated.
 
     Args:
         model: "6b", "nano" or a model directory.

@@ -148,7 +148,7 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
 def verify_model(directory: Path, config=None) -> None:
     """Check that `directory` holds a complete checkpoint, with exactly the weights that its config needs.
 
-    Reads names and shapes of the weights, not their data: a tenth of a second on 12.5 GB.
+    Reads names and shapes of the weights, not their data: milliseconds on 12.5 GB.
 
     Raises:
         CheckpointError: files missing or damaged, weights missing, unknown, or of the wrong shape.
