@@ -25,6 +25,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from support.memory import memory_status
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -119,12 +120,6 @@ def resident_growth(shape: str, task: str, options: dict) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to what is used now
     run(AutoModelForCausalLM.from_config(config_of(shape)), task, options)
     return memory_status("VmHWM") - before
-
-
-def memory_status(name: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024
 
 
 def run(model, task: str, options: dict) -> None:

@@ -157,6 +157,20 @@ def download(
 
 
 @app.command()
+def convert(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="放副本的新目录 [new folder for the copy]")],
+    model: Annotated[str, typer.Option(help="6b、nano 或模型目录 [or a folder]")] = "6b",
+) -> None:
+    """把 .bin 权重另存一份 safetensors，可选 [optional safetensors copy]；load 不需要它，只读 safetensors 的工具需要"""
+    from .convert import convert_checkpoint
+
+    try:
+        convert_checkpoint(model, directory)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def receipt(first: Receipt, second: Receipt) -> None:
     """比较两份回执，说出哪里不同 [compare two receipts]；相同时退出码为 0，不同为 1，读不了为 2。秒数和内存只显示，不算不同"""
     from rich.console import Console

@@ -125,14 +125,28 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in an intact weight file. Their data is not read: milliseconds on 10 GB.
 
     Raises:
-        CheckpointError: a `.bin` holds anything but named tensors. Such a pickle could run code when it is opened;
-            it is read with `weights_only`, which refuses instead.
+        CheckpointError: a `.bin` holds anything but named tensors (see `open_bin`).
     """
     if file.suffix == ".safetensors":
         return {name: tuple(entry["shape"]) for name, entry in _safetensors_header(file)[0].items()}
+    return {name: tuple(tensor.shape) for name, tensor in open_bin(file, "meta").items()}
+
+
+def open_bin(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a `.bin`. They stay in the file, mapped into memory, until their numbers are used.
+
+    Args:
+        device: "meta" for tensors with shape and dtype and no data.
+
+    Raises:
+        CheckpointError: it holds anything but named tensors. Such a pickle could run code when it is opened; it is read
+            with `weights_only`, which refuses instead.
+    """
     try:
-        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        tensors = torch.load(file, map_location=device, weights_only=True, mmap=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise TypeError("holds more than tensors")
+        return tensors
     except Exception as error:
         raise CheckpointError(
             f"拒绝加载 {file.name}：里面不只是张量，可能藏有可执行代码 [unsafe pickle refused]：{file}。"

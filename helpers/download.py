@@ -293,5 +293,5 @@ def require_disk_space(target: Path, sizes: dict[str, int] = EXPECTED_SIZES) -> 
     if free < needed:
         raise HelpersError(
             f"磁盘空间不足 [not enough disk space]：{target} 所在磁盘剩 {free / 1e9:.1f} GB，还需要 {needed / 1e9:.1f} GB。"
-            "请清理数据盘，或把 local_dir 指到更大的磁盘"
+            "请清理这个磁盘，或换一个更大的磁盘上的目录"
         )

@@ -49,6 +49,9 @@ class LoadChoice:
 def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, adapter=None):
     """Load a CharacterGLM model for inference.
 
+    Memory holds one copy of the weights, `.bin` or safetensors (`benchmarks/loading.py`). On a CPU, in the dtype of the
+    files, they stay in the files, mapped into memory, and are read when they are first used.
+
     Args:
         model: "auto" (6b on a CUDA GPU of at least 16 GB, else nano), "nano", "6b", or a model directory.
         dtype: "auto", "float32", "float16", "bfloat16" or a `torch.dtype`. "auto": bfloat16 on a GPU that computes in

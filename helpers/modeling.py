@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     apply_renamings,
     revert_weight_conversion,
 )
+from transformers.initialization import no_init_weights
 
 from .checkpoint import refuse_missing_weights, verify_checkpoint, verify_weights
 from .errors import UnsupportedConfigError
@@ -130,7 +131,7 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
         """
         path = pretrained_model_name_or_path
         if path is not None and Path(path).is_dir() and kwargs.get("state_dict") is None:
-            cls._verify(Path(path), kwargs.get("config"))
+            verify_model(Path(path), kwargs.get("config"))
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         refuse_missing_weights(path, info)
         return (model, info) if output_loading_info else model
@@ -143,27 +144,47 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
         """
         return super().load_state_dict(native_state_dict(state_dict, self.config), *args, **kwargs)
 
-    @classmethod
-    def _verify(cls, directory: Path, config=None) -> None:
-        verify_checkpoint(directory)
-        if not isinstance(config, CharacterGLMConfig):
-            config = CharacterGLMConfig.from_pretrained(config or directory)
-        if getattr(config, "quantization_config", None) is None:  # quantised on disk: packed weights, other shapes
-            optional = [*cls._keys_to_ignore_on_load_unexpected]
-            if config.tie_word_embeddings:  # the output layer is the embedding, and may be stored again
-                optional += [r"^transformer\.output_layer\.weight$", r"^lm_head\.weight$"]
-            verify_weights(directory, *expected_shapes(config), ignored="|".join(optional))
+
+def verify_model(directory: Path, config=None) -> None:
+    """Check that `directory` holds a complete checkpoint, with exactly the weights that its config needs.
+
+    Reads names and shapes of the weights, not their data: milliseconds on 12.5 GB.
+
+    Raises:
+        CheckpointError: files missing or damaged, weights missing, unknown, or of the wrong shape.
+    """
+    verify_checkpoint(directory)
+    if not isinstance(config, CharacterGLMConfig):
+        config = CharacterGLMConfig.from_pretrained(config or directory)
+    if getattr(config, "quantization_config", None) is None:  # quantised on disk: packed weights, other shapes
+        optional = [*CharacterGLMForCausalLM._keys_to_ignore_on_load_unexpected]
+        if config.tie_word_embeddings:  # the output layer is the embedding, and may be stored again
+            optional += [r"^transformer\.output_layer\.weight$", r"^lm_head\.weight$"]
+        verify_weights(directory, *expected_shapes(config), ignored="|".join(optional))
 
 
 def expected_shapes(config: CharacterGLMConfig) -> tuple[dict, dict]:
     """Names and shapes of the weights a checkpoint with this config must hold: in the original layout, and in GLM's."""
-    with torch.device("meta"):  # shapes only, no memory
-        model = CharacterGLMForCausalLM(deepcopy(config))
+    one_block = deepcopy(config)
+    one_block.num_hidden_layers = 1
+    with torch.device("meta"), no_init_weights():  # shapes only: no memory, no random numbers
+        model = CharacterGLMForCausalLM(one_block)
     native = model.state_dict()
     if config.tie_word_embeddings:
         native.pop("lm_head.weight")
     original = revert_weight_conversion(model, native)
-    return tuple({name: tuple(tensor.shape) for name, tensor in layout.items()} for layout in (original, native))
+    return tuple(_repeat_block(layout, config.num_hidden_layers) for layout in (original, native))
+
+
+def _repeat_block(tensors: dict[str, torch.Tensor], blocks: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model with `blocks` blocks, which are all alike, from the tensors of a model with one."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    first = {name: shapes.pop(name) for name in tensors if ".layers.0." in name}
+    return shapes | {
+        name.replace(".layers.0.", f".layers.{number}."): shape
+        for number in range(blocks)
+        for name, shape in first.items()
+    }
 
 
 def _qkv(suffix: str) -> WeightConverter:

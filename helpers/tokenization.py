@@ -148,11 +148,14 @@ def read_sentencepiece(file) -> tuple[dict[str, int], list[tuple[str, str]]]:
         pieces = SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
         raise CheckpointError(f"tokenizer.model 已损坏 [invalid tokenizer.model]：{file}。{REDOWNLOAD}") from error
-    vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+    ids = list(range(len(pieces)))  # in one call each: one by one, 64,789 pieces take a tenth of a second
+    names = pieces.id_to_piece(ids)
+    vocab = dict(zip(names, ids))
     not_text = {
-        pieces.id_to_piece(i)
-        for i in range(len(pieces))
-        if pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i) or pieces.is_unused(i)
+        name
+        for is_kind in (pieces.is_control, pieces.is_byte, pieces.is_unknown, pieces.is_unused)
+        for name, found in zip(names, is_kind(ids))
+        if found
     }
     return vocab, generate_merges(vocab, skip_tokens=not_text)
 

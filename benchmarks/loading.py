@@ -1,0 +1,178 @@
+"""How long does loading take against reading the files, and how much memory against their size?
+
+Against each other, in turns: reading the files in pieces of 8 MB, and `helpers.load` in a process of its own that has
+loaded Nano once, so that libraries do not count. On a CPU the weights stay in the files, mapped into memory, until they
+are used. So there are two times: "load" is until `load` returns, "used" is until every page of the weights was looked at,
+as the first reply would. With the files in the page cache (warm) and dropped from it (cold; a virtual machine's host may
+keep them all the same). Medians. What does not depend on the size (config, tokenizer, checks) is the time of Nano.
+
+Peak memory, above that before the load, over the weights' size in memory: the peak in the table is all that is resident,
+with the pages of mapped files, which the kernel may drop at any time; "allocated" is without those. In another dtype the
+numbers are converted one tensor at a time, so what is allocated is one model, never the shards beside it.
+
+    python benchmarks/loading.py             # models of up to 1.3 billion random weights: 6 GB of disk
+    python benchmarks/loading.py --quick     # Nano and 100 million
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from support.memory import PeakMemory
+from support.report import publish
+
+import helpers
+from helpers.checkpoint import weight_files
+from helpers.convert import convert_checkpoint
+from helpers.loading import NANO_DIR
+from helpers.modeling import CharacterGLMConfig
+from helpers.receipt import PROJECT_DIR
+
+sys.path.append(str(PROJECT_DIR / "scripts"))
+from write_6b_shape import write_random_checkpoint  # noqa: E402 - found on the path just extended
+
+TIME_BOUND, MEMORY_BOUND = 1.3, 1.15
+PIECE_BYTES = 8_000_000
+SHAPES = {
+    "100M": {"num_layers": 10, "hidden_size": 768, "ffn_hidden_size": 2048, "num_attention_heads": 12},
+    "300M": {"num_layers": 18, "hidden_size": 1024, "ffn_hidden_size": 3424, "num_attention_heads": 16},
+    "1.3B": {"num_layers": 20, "hidden_size": 2048, "ffn_hidden_size": 6848, "num_attention_heads": 32},
+}
+COLUMNS = ["model", "files", "dtype", "cache", "read", "load", "used", "peak"]
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Nano and 100 million weights, under a minute.")] = False,
+    repetitions: Annotated[int | None, typer.Option(min=1, help="Loads per row; default 7, or 3 if quick.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there too.")] = None,
+) -> None:
+    """Print times, memory and their ratios to what the files need."""
+    repetitions = repetitions or (3 if quick else 7)
+    rows, ratios = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("Nano", "100M") if quick else ("Nano", *SHAPES):
+            for directory in make_models(name, Path(folder)):
+                for cache in ("warm",) if quick else ("warm", "cold"):
+                    compare(name, directory, cache, repetitions, rows, ratios)
+                add_converted(name, directory, rows, ratios)
+    publish(
+        f"Loading against reading the files: at most {TIME_BOUND}x the time and {MEMORY_BOUND}x the memory?",
+        COLUMNS,
+        rows,
+        ratios=ratios,
+        setting=f"CPU, milliseconds, median of {repetitions}; ratios here are better when smaller",
+        json_file=json_file,
+    )
+
+
+def make_models(name: str, folder: Path) -> list[Path]:
+    """The `.bin` checkpoint of that size, and a safetensors copy of it."""
+    original = NANO_DIR
+    if name != "Nano":
+        original = folder / name
+        config = CharacterGLMConfig(**SHAPES[name], padded_vocab_size=32768, kv_channels=64, multi_query_group_num=2)
+        write_random_checkpoint(original, config)
+    return [original, convert_checkpoint(original, folder / f"{name} safetensors")]
+
+
+def compare(name: str, directory: Path, cache: str, repetitions: int, rows: list, ratios: dict) -> None:
+    """Read and load in turns, in the dtype of the files; add a row and its ratios."""
+    files, dtype = weight_files(directory), stored_dtype(directory)
+    read_files(files)
+    reads, loads = [], []
+    for _ in range(repetitions):
+        prepare(files, cache)
+        reads.append(read_files(files))
+        prepare(files, cache)
+        loads.append(load(directory, dtype))
+    rows.append(row(name, files, dtype, cache, reads, loads))
+    add_ratios(ratios, f"{name} {files[0].suffix} {cache}", statistics.median(reads), loads)
+
+
+def add_ratios(ratios: dict, case: str, read: float, loads: list[dict]) -> None:
+    """Medians of the times over that of reading; the highest peak over the weights."""
+    ratios |= {f"{case}: {step} / read": median(loads, step) / read for step in ("load", "used")}
+    ratios[f"{case}: peak / weights"] = max(run["resident"] / run["weights"] for run in loads)
+
+
+def add_converted(name: str, directory: Path, rows: list, ratios: dict) -> None:
+    """Load as float32, for the memory: add a row and what was allocated."""
+    files, run = weight_files(directory), load(directory, "float32")
+    rows.append(row(name, files, "float32", "warm", [read_files(files)], [run]))
+    ratios[f"{name} {files[0].suffix} as float32: allocated / weights"] = run["allocated"] / run["weights"]
+
+
+def row(name: str, files: list[Path], dtype: str, cache: str, reads: list[float], loads: list[dict]) -> list[str]:
+    """A line of the table."""
+    times = statistics.median(reads), median(loads, "load"), median(loads, "used")
+    peak = max(run["resident"] / run["weights"] for run in loads)
+    return [name, files[0].suffix[1:], dtype, cache, *(f"{time * 1000:,.0f}" for time in times), f"{peak:.2f}x"]
+
+
+def median(runs: list[dict], step: str) -> float:
+    """The median of one figure of several loads."""
+    return statistics.median(run[step] for run in runs)
+
+
+def stored_dtype(directory: Path) -> str:
+    """What the files hold, by config.json."""
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
+
+
+def read_files(files: list[Path]) -> float:
+    """Seconds to read the files from beginning to end."""
+    buffer = bytearray(PIECE_BYTES)
+    start = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def prepare(files: list[Path], cache: str) -> None:
+    """If `cache` is cold, make the kernel forget the content of the files; the next reading comes from the disk."""
+    for file in files if cache == "cold" else []:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())  # what is not written yet cannot be dropped
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load(directory: Path, dtype: str) -> dict:
+    """`measure_here` in a process of its own, forked from one that has imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers", "support.memory"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure_here, directory, dtype).result()
+
+
+def measure_here(directory: Path, dtype: str) -> dict:
+    """Seconds until the model is there and until all of it was looked at; bytes of the weights and at the peaks."""
+    helpers.load("nano", device_map="cpu")
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        model, _ = helpers.load(directory, dtype=dtype, device_map="cpu")
+        loaded = time.perf_counter() - start
+        look_at_every_page(model)
+        used = time.perf_counter() - start
+    memory = {"weights": model.get_memory_footprint(), "resident": peak.resident, "allocated": peak.allocated}
+    return {"load": loaded, "used": used} | memory
+
+
+def look_at_every_page(model) -> None:
+    """Read one byte of each page of 4 KB."""
+    for parameter in model.parameters():
+        parameter.detach().flatten().view(torch.uint8)[::4096].sum()
+
+
+if __name__ == "__main__":
+    typer.run(main)
