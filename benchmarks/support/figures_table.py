@@ -18,8 +18,8 @@ RUN = "run_all.json"
 QUICK = Path("results") / "quick"
 RATIO_CHART = "ratios.png"
 PANELS = {
-    "above 1": "times faster: above 1 is better",
-    "below 1": "times what is needed: below 1 is better",
+    "above 1": "against the other way or a bound: above 1 is better",
+    "below 1": "against the least that is needed: smaller is better",
     "at 1": "estimate / truth: 1 is exact",
 }
 GOOD = {"above 1": "> 1", "below 1": "< 1", "at 1": "= 1", "neither": ""}
