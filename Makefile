@@ -49,9 +49,8 @@ lab: $(READY) ## JupyterLab on 127.0.0.1 with a kernel that has everything
 kernel: $(READY) ## add the kernel "characterglm" to a JupyterLab that is already running
 	$(VENV_PYTHON) -m ipykernel install --user --name characterglm --display-name "Python 3 (CharacterGLM)"
 
-bench: $(READY) ## every benchmark, one after another
-	@for script in $(sort $(wildcard benchmarks/*.py)); do \
-		echo "== $$script"; $(VENV_PYTHON) $$script || exit 1; done
+bench: $(READY) ## every benchmark, short, and its figures in benchmarks/README.md: under 10 minutes on two quiet cores
+	$(VENV_PYTHON) benchmarks/run_all.py
 
 nano: $(READY) ## train CharacterGLM-Nano again
 	$(VENV_PYTHON) scripts/build_nano.py

@@ -29,6 +29,7 @@ if not _is_command():  # a command imports what it needs by itself: --help does 
     from .download import download_model
     from .errors import HelpersError
     from .estimate import Estimate, estimate
+    from .export import export_model
     from .loading import LoadChoice, choose, load, pick_model, resolve_model
     from .receipt import write_receipt
 
@@ -48,6 +49,7 @@ __all__ = [
     "estimate",
     "export_card_png",
     "export_card_v2",
+    "export_model",
     "get_character",
     "import_card_v2",
     "load",

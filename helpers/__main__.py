@@ -11,7 +11,8 @@ from typer.core import TyperCommand
 from .errors import HelpersError
 
 app = typer.Typer(
-    help="CharacterGLM-6B：运行 notebook、聊天、服务、微调、下载与体检 [run, chat, serve, finetune, download, doctor]",
+    help="CharacterGLM-6B：运行 notebook、聊天、服务、微调、下载与体检、转换与导出 "
+    "[run, chat, serve, finetune, download, doctor, convert, export]",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # would swallow the words in brackets
@@ -166,6 +167,24 @@ def convert(
 
     try:
         convert_checkpoint(model, directory)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def export(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="放导出结果的新目录 [new folder]")],
+    model: Annotated[str, typer.Option(help="6b、nano 或模型目录 [or a folder]")] = "6b",
+    adapter: Annotated[str | None, typer.Option(help="合并进权重的 LoRA adapter 的目录 [LoRA to merge]")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto（和原文件相同）、float32、float16、bfloat16 [auto: as stored]")
+    ] = "auto",
+) -> None:
+    """导出成标准的 GlmForCausalLM 目录，给 vLLM 等程序用 [plain folder for vLLM and others]"""
+    from .export import export_model
+
+    try:
+        export_model(model, directory, adapter=adapter, dtype=dtype)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

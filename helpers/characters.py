@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from .errors import CharacterError
 
 CHARACTERS_FILE = Path(__file__).parent.parent / "data" / "characters.json"
+DEFAULT_CHARACTER = "苏梦远"  # who answers where nobody says who should
+SYSTEM_CHARACTER = "角色"  # the name of a character that only a system message describes
 CARD_EXTENSION = "characterglm"  # where a character-card V2 keeps what V2 has no field for
 MAX_FILE_BYTES = 20_000_000
 MAX_PIXELS = 25_000_000  # a picture of a few kilobytes can claim to have billions

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
 
@@ -152,6 +153,22 @@ def open_bin(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
             f"拒绝加载 {file.name}：里面不只是张量，可能藏有可执行代码 [unsafe pickle refused]：{file}。"
             "请从 ModelScope 重新下载官方权重，不要使用来历不明的 .bin"
         ) from error
+
+
+def holds_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether a safetensors file holds exactly these tensors, bit for bit."""
+    try:
+        with safe_open(file, "pt") as stored:
+            same_names = set(stored.keys()) == tensors.keys()
+            return same_names and all(_same_bits(stored.get_tensor(name), tensors[name]) for name in tensors)
+    except (OSError, SafetensorError):
+        return False
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    # As bytes: a NaN does not equal itself.
+    same_kind = one.dtype == other.dtype and one.shape == other.shape
+    return same_kind and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
 def verify_weights(directory: Path, *layouts: dict[str, tuple[int, ...]], ignored: str | None = None) -> None:

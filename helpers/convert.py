@@ -4,23 +4,20 @@ Nothing needs it: `load` takes the original files, as fast. It is for tools that
 model on without pickles. Names, dtype and config stay CharacterGLM's own, so that `load` takes the copy like the original.
 """
 
-import errno
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .checkpoint import WEIGHT_INDEXES, open_bin, read_json, weight_files
-from .download import SETTINGS, require_disk_space, verify_download
+from .checkpoint import WEIGHT_INDEXES, holds_tensors, open_bin, read_json, weight_files
+from .download import SETTINGS, verify_download
 from .errors import HelpersError
+from .folders import new_folder
 from .loading import resolve_model
 from .modeling import verify_model
 from .receipt import write_json
@@ -54,43 +51,13 @@ def convert_checkpoint(model: str | Path, directory: str | Path) -> Path:
     if _holds_copy(target, source):
         print(f"已经转换好了，每个张量都相同 [already converted]：{target}")
         return target
-    _refuse_unusable(target, source)
-    require_disk_space(target, {file.name: file.stat().st_size for file in weight_files(source)})
-    try:
-        _write_then_rename(source, target)
-    except HelpersError:
-        raise
-    except KeyboardInterrupt:
-        print("转换中断了 [interrupted]：没有留下半份副本")
-        raise
-    except (OSError, SafetensorError) as error:
-        raise _explained(error, target) from error
-    print(f"转换完成，每个张量都与原文件相同 [converted and compared]：{target}")
-    return target
-
-
-def _refuse_unusable(target: Path, source: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise HelpersError(
-            f"目标已经有别的内容 [target not empty]：{target}。没有改动它，请换一个新目录，或先移走里面的文件"
-        )
-    if source.resolve() in target.resolve().parents:
-        raise HelpersError(f"目标在模型目录里面 [target inside the model]：{target}。请换到 {source} 之外")
-
-
-def _write_then_rename(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so on the same disk. A killed process leaves this directory, whose name says what it is.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.", suffix=".partial") as temporary:
-        work = Path(temporary) / target.name
-        work.mkdir()
+    with new_folder(target, {file.name: file.stat().st_size for file in weight_files(source)}, source) as work:
         _write_weights(source, work)
         for name, content in _settings(source).items():
             (work / name).write_bytes(content)
         verify_model(work)
-        if target.exists():
-            target.rmdir()  # empty
-        work.rename(target)
+    print(f"转换完成，每个张量都与原文件相同 [converted and compared]：{target}")
+    return target
 
 
 def _write_weights(source: Path, work: Path) -> None:
@@ -99,9 +66,7 @@ def _write_weights(source: Path, work: Path) -> None:
         for name, tensors in _files_to_write(source, plan):
             file = work / name
             save_file(tensors, file, metadata={"format": "pt"})
-            file.chmod(0o644)  # safetensors makes it readable by its owner only
-            _flush(file)
-            if not _holds(file, tensors):
+            if not holds_tensors(file, tensors):
                 raise HelpersError(f"写出的 {name} 与原文件不同 [copy differs]：{work.parent}。请检查磁盘，再运行一次")
             progress.update(sum(tensor.nbytes for tensor in tensors.values()))
     if plan.is_sharded:
@@ -135,15 +100,6 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _flush(file: Path) -> None:
-    # Else a power cut after the rename could leave a file of the right size without its content.
-    descriptor = os.open(file, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _settings(source: Path) -> dict[str, bytes]:
     """The small files of the copy: settings, tokenizer, licence. No remote code, and nothing that points to it."""
     settings = {}
@@ -162,29 +118,4 @@ def _holds_copy(target: Path, source: Path) -> bool:
     settings = _settings(source)
     if not all((target / name).is_file() and (target / name).read_bytes() == settings[name] for name in settings):
         return False
-    return all(_holds(target / name, tensors) for name, tensors in _files_to_write(source, _plan(source)))
-
-
-def _holds(file: Path, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether a safetensors file holds exactly these tensors."""
-    try:
-        with safe_open(file, "pt") as stored:
-            same_names = set(stored.keys()) == tensors.keys()
-            return same_names and all(_same_bits(stored.get_tensor(name), tensors[name]) for name in tensors)
-    except (OSError, SafetensorError):
-        return False
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # As bytes: a NaN does not equal itself.
-    same_kind = one.dtype == other.dtype and one.shape == other.shape
-    return same_kind and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
-
-
-def _explained(error: Exception, target: Path) -> HelpersError:
-    # SafetensorError carries the number of the system's error in its text only.
-    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC})" in str(error):
-        return HelpersError(
-            f"磁盘写满了 [disk full]：{target} 所在的磁盘。没有留下半份副本，请清理这个磁盘，或换一个更大的磁盘上的目录"
-        )
-    return HelpersError(f"不能写入 [cannot write]：{target}（{error}）。请换一个可写的目录")
+    return all(holds_tensors(target / name, tensors) for name, tensors in _files_to_write(source, _plan(source)))

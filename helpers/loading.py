@@ -57,7 +57,9 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
         dtype: "auto", "float32", "float16", "bfloat16" or a `torch.dtype`. "auto": bfloat16 on a GPU that computes in
             it, float16 on older GPUs, and on a CPU float32 for small models and bfloat16 for large ones.
         device_map: as in transformers; "auto" uses the GPUs there are, else the CPU.
-        quantization: None, "int8" or "nf4" (bitsandbytes).
+        quantization: None, "int8" or "nf4": the weights of the linear layers in 8 or 4 bits (bitsandbytes), on a GPU
+            or a CPU. Embedding, output layer and computation stay in `dtype`. On a CPU replies are slower for it; see
+            `benchmarks/decoding.py` for speed, memory and perplexity.
         adapter: directory of a PEFT LoRA adapter to put on top.
 
     Returns:
@@ -189,6 +191,8 @@ def quantization_config(quantization: str, dtype: torch.dtype):
 
     if quantization not in ("int8", "nf4"):
         raise HelpersError(f"不认识的量化方式 [unknown quantization]：{quantization!r}，可选 None、'int8'、'nf4'")
+    # On a CPU it says for every layer and token that it rounds the inputs of int8 to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not is_bitsandbytes_available():
         raise HelpersError("量化需要 bitsandbytes [bitsandbytes not installed]：pip install bitsandbytes")
     if quantization == "int8":

@@ -136,6 +136,15 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
         refuse_missing_weights(path, info)
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, save_directory, *args, save_original_format=True, **kwargs):
+        """As in transformers, in the original layout; a quantised model in GLM's own.
+
+        Packed weights of q, k and v, each with its scales, cannot be put together to one query_key_value: transformers
+        would write files that cannot be read again.
+        """
+        original = save_original_format and not getattr(self, "is_quantized", False)
+        super().save_pretrained(save_directory, *args, save_original_format=original, **kwargs)
+
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As in torch, and takes the original names too.
 

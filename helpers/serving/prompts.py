@@ -1,11 +1,8 @@
 """Who speaks, and what has been said: from a checked request to a persona and turns of chat messages."""
 
-from ..characters import SessionMeta, as_session_meta, get_character
+from ..characters import DEFAULT_CHARACTER, SYSTEM_CHARACTER, SessionMeta, as_session_meta, get_character
 from ..chat import build_turns
 from .schemas import ChatRequest, LessonRequest, Message
-
-DEFAULT_CHARACTER = "苏梦远"
-SYSTEM_CHARACTER = "角色"  # the name of a character that only a system message describes
 
 
 def lesson_prompt(request: LessonRequest) -> tuple[SessionMeta, list[list[dict]]]:

@@ -12,6 +12,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import pytest
 
 PROJECT_DIR = Path(__file__).parents[2]
@@ -21,6 +22,7 @@ CHROMIUM_OPTIONS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
+PATIENCE = 30  # seconds until what must appear counts as missing: a busy machine takes many times its usual time
 LAB_SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 
@@ -56,9 +58,20 @@ def wait_until_up(url: str, process: subprocess.Popen, seconds: float = 90) -> N
 def lab(tmp_path: Path):
     """Address of a JupyterLab whose folder holds copies of the notebooks."""
     find_browser()
-    shutil.copytree(PROJECT_DIR / "notebooks", tmp_path / "notebooks")
+    copy_notebooks(tmp_path / "notebooks")
     with running_lab(tmp_path) as address:
         yield address
+
+
+def copy_notebooks(folder: Path) -> None:
+    """Copies of the notebooks without their outputs: what a test finds there, its own run has made."""
+    folder.mkdir()
+    for file in (PROJECT_DIR / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(file, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, folder / file.name)
 
 
 @contextmanager
@@ -87,6 +100,23 @@ def running_lab(folder: Path):
             process.wait(timeout=30)
 
 
+def saved_outputs(page, address: str, notebook: str, last: str) -> str:
+    """Save the open notebook; all its outputs as JSON text, once the file has `last` in them.
+
+    Errors of cells fail the test. `last` is what the last cell prints: the indicator says idle between two cells too.
+    """
+    deadline = time.monotonic() + 2 * PATIENCE
+    while True:
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(1000)
+        content = page.request.get(f"{address}/api/contents/notebooks/{notebook}").json()["content"]
+        outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
+        assert not [output["evalue"] for output in outputs if output["output_type"] == "error"]
+        text = json.dumps(outputs, ensure_ascii=False)
+        if last in text or time.monotonic() > deadline:
+            return text
+
+
 def write_setting(folder: Path, plugin: str, values: dict) -> None:
     """Write a JupyterLab user setting."""
     package, name = plugin.rsplit(":", 1)
@@ -98,8 +128,9 @@ def write_setting(folder: Path, plugin: str, values: dict) -> None:
 @pytest.fixture(scope="module")
 def browser():
     """A real browser. Not for the whole session: while Playwright runs, no test of that thread can use asyncio."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=PATIENCE * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=CHROMIUM_OPTIONS)
         yield browser

@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import PROJECT_DIR, find_browser, new_page, running_lab, write_setting
+from conftest import copy_notebooks, find_browser, new_page, running_lab, saved_outputs, write_setting
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import expect
 from test_lab import IDLE, open_notebook, run_all, scroll_through, use_nano
@@ -323,7 +322,7 @@ def contrast(page, selector: str) -> float:
 
 
 def test_notebook_03_runs_and_its_panel_shows_the_scripted_conversation(tmp_path, page):
-    shutil.copytree(PROJECT_DIR / "notebooks", tmp_path / "notebooks")
+    copy_notebooks(tmp_path / "notebooks")
     with running_lab(tmp_path) as address:
         open_notebook(page, address, "03_chat_demo.ipynb")
         use_nano(page)
@@ -337,10 +336,6 @@ def test_notebook_03_runs_and_its_panel_shows_the_scripted_conversation(tmp_path
         keep_screenshot(page, "notebook03")
         expect(log.locator(".cg-message")).to_have_count(7)
         assert messages(page)[1::2] == ["你好呀", "最近在忙些什么", "给我讲个故事吧"]
-        page.keyboard.press("Control+s")
-        page.wait_for_timeout(1500)
-        content = page.request.get(f"{address}/api/contents/notebooks/03_chat_demo.ipynb").json()["content"]
-    outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    assert "全部通过" in json.dumps(outputs, ensure_ascii=False)
+        outputs = saved_outputs(page, address, "03_chat_demo.ipynb", last="receipt_03.json")
+    assert "全部通过" in outputs and "receipt_03.json" in outputs
     assert not page.outside_requests and not page.console_errors

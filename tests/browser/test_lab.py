@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from conftest import saved_outputs
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -63,25 +63,11 @@ def test_notebook_01_runs_in_jupyterlab(lab, page):
     run_all(page)
     scroll_through(page)
     keep_screenshots(page)
-    page.keyboard.press("Control+s")
-    expect(page.locator(".jp-Notebook")).to_be_visible()
-    outputs = saved_outputs(page, lab)
+    outputs = saved_outputs(page, lab, NOTEBOOK, last="receipt_01.json")
     assert "全部通过" in outputs and "receipt_01.json" in outputs
     assert "[陆星辰] 你好呀，小苏" in outputs
     assert not page.outside_requests, page.outside_requests
     assert not page.console_errors, page.console_errors
-
-
-def saved_outputs(page, lab: str) -> str:
-    """All text outputs of the notebook as JupyterLab has saved it; errors fail the test."""
-    page.wait_for_timeout(1500)
-    content = page.request.get(f"{lab}/api/contents/notebooks/{NOTEBOOK}").json()["content"]
-    texts = []
-    for cell in content["cells"]:
-        for output in cell.get("outputs", []):
-            assert output["output_type"] != "error", output["evalue"]
-            texts.append("".join(output.get("text", "")) + "".join(output.get("data", {}).get("text/plain", "")))
-    return "\n".join(texts)
 
 
 def test_prompt_xray_escapes_what_the_user_writes(page):

@@ -73,7 +73,6 @@ def test_estimates_hold(figures: dict, task: str) -> None:
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_estimates_of_quantised_weights_hold(six_b: Path, quantization: str) -> None:
-    pytest.importorskip("bitsandbytes", reason="quantisation needs bitsandbytes: pip install bitsandbytes")
     before = torch.cuda.memory_allocated()
     model, _ = helpers.load(six_b, quantization=quantization)
     expected = helpers.estimate("chat", six_b, quantization=quantization).parts["权重"]

@@ -1,6 +1,7 @@
 """What every unit test needs."""
 
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -15,3 +16,17 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 8 MB: less than a copy of Nano takes."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"cannot mount a file system here (needs root): {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from write_6b_shape import write_random_checkpoint
 
 import helpers
-from helpers import convert
+from helpers import convert, folders
 from helpers.__main__ import app
 from helpers.checkpoint import open_bin
 from helpers.convert import convert_checkpoint
@@ -218,20 +218,6 @@ def test_bad_targets_are_refused(source, tmp_path):
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, of 8 MB: less than a copy of Nano needs."""
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"cannot mount a file system here (needs root): {made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_disk_too_small_is_refused_before_anything_is_written(small_disk):
     with pytest.raises(HelpersError, match=r"\[not enough disk space\]"):
         convert_checkpoint("nano", small_disk / "copy")
@@ -239,7 +225,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(small_disk):
 
 
 def test_a_disk_that_fills_up_on_the_way(small_disk, monkeypatch):
-    monkeypatch.setattr(convert, "require_disk_space", lambda *_: None)  # it looked large enough before
+    monkeypatch.setattr(folders, "require_disk_space", lambda *_: None)  # it looked large enough before
     monkeypatch.setattr(convert, "SHARD_SIZE", "3MB")
     with pytest.raises(HelpersError, match=r"\[disk full\]"):
         convert_checkpoint("nano", small_disk / "copy")
@@ -249,7 +235,7 @@ def test_a_disk_that_fills_up_on_the_way(small_disk, monkeypatch):
 
 
 def test_a_read_only_disk(small_disk, monkeypatch):
-    monkeypatch.setattr(convert, "require_disk_space", lambda *_: None)
+    monkeypatch.setattr(folders, "require_disk_space", lambda *_: None)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(HelpersError, match=r"\[cannot write\]"):
         convert_checkpoint("nano", small_disk / "copy")
@@ -283,7 +269,7 @@ def test_interrupted_with_ctrl_c(source, tmp_path, monkeypatch, several_files, e
 
 KILLED = """
 import os, signal, sys
-from helpers import convert
+from helpers import convert, folders
 convert.SHARD_SIZE = "50KB"
 files = convert._files_to_write
 def killed(*arguments):
@@ -326,7 +312,7 @@ def test_a_copy_that_differs_is_thrown_away(source, tmp_path, monkeypatch):
 
 MEASURE = """
 import sys
-from helpers import convert
+from helpers import convert, folders
 from support.memory import PeakMemory
 convert.SHARD_SIZE = "10MB"
 convert.convert_checkpoint("nano", sys.argv[2] + " warm-up")

@@ -27,6 +27,7 @@ from helpers.demo.visitors import Visitors
 from helpers.demo.web import WebDemo, launch, mount
 from helpers.errors import BusyError, HelpersError
 from helpers.network import free_port, listen, port_is_free
+from helpers.serving import create_app
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 ATTACK = "<img src='http://example.invalid/x.png' onerror=\"window.hit=1\"><script>hit()</script>&amp;"
@@ -471,6 +472,27 @@ def test_mounted_on_another_app(nano):
         tab = Tab(f"{demo.url}/demo/")
         tab("send", "你好")
         assert len(tab.texts()) == 3
+
+
+def test_one_model_serves_page_and_api_at_the_same_time(nano):
+    long = {"do_sample": False, "min_new_tokens": 60, "max_new_tokens": 60}
+    app = mount(create_app(nano, api_key="reader"), *nano, **long)
+    asked = {"messages": [{"role": "user", "content": "你好"}], "temperature": 0, "max_tokens": 4}
+    headers = {"Authorization": "Bearer reader"}
+    with WebDemo(app, listen("127.0.0.1", 0)) as demo:
+        wait_until(lambda: app.state.service.status == "ready")
+        tab, completions = Tab(f"{demo.url}/demo/"), f"{demo.url}/v1/chat/completions"
+        with slow(nano[0], 0.05):
+            writing = tab.begin("send", "你好")
+            answer = httpx.post(completions, json=asked, headers=headers, timeout=60)
+            assert not writing.done(), "the API answers while the page's reply is being written"
+            tab.end(writing)
+        assert httpx.post(completions, json=asked).status_code == 401
+        assert httpx.get(f"{demo.url}/health").json()["status"] == "ready"
+    card = helpers.get_character("苏梦远")
+    expected, _ = helpers.chat(*nano, card, "你好", do_sample=False, max_new_tokens=4)
+    assert answer.json()["choices"][0]["message"]["content"] == expected
+    assert tab.texts()[-1] == helpers.ChatSession(*nano, card, **long).send("你好")
 
 
 def test_english_page(nano):

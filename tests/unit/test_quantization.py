@@ -1,0 +1,95 @@
+"""Weights in 8 and 4 bits: smaller, nearly as good, saved and loaded again unchanged, and a base for LoRA."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+import helpers
+from helpers.dialogues import load_dialogues
+from helpers.estimate import weight_bytes
+from helpers.finetune import add_lora, encode_samples, finetune, perplexity
+from helpers.loading import base_fingerprint
+
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+SHORT = {"max_steps": 4, "learning_rate": 5e-3, "logging_steps": 1, "per_device_train_batch_size": 4}
+STEPS = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 4, "eval_steps": 4}
+IDS = torch.arange(300, 340)[None]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return helpers.load("nano", dtype="float32", device_map="cpu")
+
+
+@pytest.fixture(scope="module", params=["int8", "nf4"])
+def quantized(request):
+    """Nano, from its original two `.bin` files."""
+    model, tokenizer = helpers.load("nano", dtype="float32", device_map="cpu", quantization=request.param)
+    return SimpleNamespace(kind=request.param, model=model, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def rows(plain):
+    """(training, held out): short sequences."""
+    held_out = [dialogue for dialogue in load_dialogues() if dialogue.held_out]
+    encoded = sorted(encode_samples(plain[1], held_out), key=lambda row: len(row["input_ids"]))
+    return encoded[8:24], encoded[:8]
+
+
+def test_memory_is_what_the_planner_says(plain, quantized):
+    size = quantized.model.get_memory_footprint()
+    assert size < 0.6 * plain[0].get_memory_footprint()
+    assert size == pytest.approx(weight_bytes(plain[0].config, 4, quantized.kind), rel=0.01)
+
+
+def test_every_part_of_the_fused_weight_is_there(plain, quantized):
+    """A quantiser that loses the split of query_key_value leaves k and v random."""
+    sizes = {"int8": 0.02, "nf4": 0.2}
+    inputs = torch.randn(50, plain[0].config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for ours, exact in zip(quantized.model.model.layers, plain[0].model.layers):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            width = getattr(exact.self_attn, name).in_features
+            wanted = getattr(exact.self_attn, name)(inputs[:, :width])
+            error = (getattr(ours.self_attn, name)(inputs[:, :width]) - wanted).norm() / wanted.norm()
+            assert error < sizes[quantized.kind], name
+
+
+def test_perplexity_is_close(plain, quantized, rows):
+    assert perplexity(quantized.model, rows[1]) == pytest.approx(perplexity(plain[0], rows[1]), rel=0.03)
+
+
+def test_replies_are_text_and_the_kept_cache_changes_nothing(quantized):
+    session = helpers.ChatSession(quantized.model, quantized.tokenizer, helpers.get_character("苏梦远"), **GREEDY)
+    for query in ("你好呀，小苏", "最近怎么样？"):
+        history = [list(entry) for entry in session.history]
+        reply, _ = helpers.chat(quantized.model, quantized.tokenizer, session.session_meta, query, history, **GREEDY)
+        assert session.send(query) == reply
+        assert sum("\u4e00" <= letter <= "\u9fff" for letter in reply) >= 4
+
+
+def test_a_saved_copy_computes_the_same(quantized, tmp_path):
+    quantized.model.save_pretrained(tmp_path)
+    quantized.tokenizer.save_pretrained(tmp_path)
+    again, _ = helpers.load(tmp_path, dtype="float32", device_map="cpu")
+    assert torch.equal(again(IDS).logits, quantized.model(IDS).logits)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, again(IDS).logits)
+
+
+def test_lora_learns_on_a_quantised_base(quantized, rows, tmp_path):
+    base, tokenizer = helpers.load("nano", dtype="float32", device_map="cpu", quantization=quantized.kind)
+    torch.manual_seed(0)
+    tuned = add_lora(base)
+    frozen = {name: weight.clone() for name, weight in base.named_parameters() if not weight.requires_grad}
+    before = perplexity(tuned, rows[0])
+    finetune(tuned, *rows, tmp_path, **SHORT, **STEPS)
+    assert perplexity(tuned, rows[0]) < before
+    assert all(torch.equal(weight, frozen[name]) for name, weight in base.named_parameters() if name in frozen)
+    assert base_fingerprint(base) is None  # an adapter does not belong to one precision
+    again, _ = helpers.load("nano", dtype="float32", device_map="cpu", quantization=quantized.kind, adapter=tmp_path)
+    assert get_peft_model_state_dict(again).keys() == get_peft_model_state_dict(tuned).keys()
+    assert torch.allclose(again(IDS).logits, tuned.eval()(IDS).logits, atol=1e-4)
+    full, _ = helpers.load("nano", dtype="float32", device_map="cpu", adapter=tmp_path)
+    assert perplexity(full, rows[0]) < before
