@@ -1,7 +1,7 @@
 # One command each. `make run` and `make test` set everything up first; the second time they start at once.
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
-SETUP_FILES := requirements.txt requirements-dev.txt constraints.txt pyproject.toml scripts/setup.sh
+SETUP_FILES := requirements.txt requirements-cluster.txt requirements-dev.txt constraints.txt pyproject.toml scripts/setup.sh
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
@@ -49,9 +49,8 @@ lab: $(READY) ## JupyterLab on 127.0.0.1 with a kernel that has everything
 kernel: $(READY) ## add the kernel "characterglm" to a JupyterLab that is already running
 	$(VENV_PYTHON) -m ipykernel install --user --name characterglm --display-name "Python 3 (CharacterGLM)"
 
-bench: $(READY) ## every benchmark, one after another
-	@for script in $(sort $(wildcard benchmarks/*.py)); do \
-		echo "== $$script"; $(VENV_PYTHON) $$script || exit 1; done
+bench: $(READY) ## every benchmark, short, and its figures in benchmarks/README.md: under 10 minutes on two quiet cores
+	$(VENV_PYTHON) benchmarks/run_all.py
 
 nano: $(READY) ## train CharacterGLM-Nano again
 	$(VENV_PYTHON) scripts/build_nano.py

@@ -2,10 +2,12 @@
 
 Measured: seconds to load; seconds to the first token of a reply to a prompt of 1,024 tokens, and tokens per second after
 it (greedy, one conversation, medians); samples per second of LoRA training with transformers' Trainer (rank 8 on q, k
-and v; batch 4, 512 tokens, gradient checkpointing). For each the peak memory, and what `helpers.estimate` says.
+and v; batch 4, 512 tokens, gradient checkpointing). For each the peak memory, and what `helpers.estimate` says. On the
+CPU the peak is that of the whole process, libraries included, so only a GPU's is compared with the estimate.
 
     python benchmarks/figures.py                                    # the 6B on a GPU, else Nano
     python benchmarks/figures.py --model models/6b-shape --output-dir benchmarks/results
+    python benchmarks/figures.py --quick                            # Nano, shorter
 """
 
 import re
@@ -20,8 +22,7 @@ import torch
 import typer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
+from support.report import JsonFile, Quick, publish
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import helpers
@@ -37,8 +38,12 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Rows in a training step.")] = 4,
     row_tokens: Annotated[int, typer.Option(min=8, help="Tokens in a row.")] = 512,
     steps: Annotated[int, typer.Option(min=3, help="Training steps; the first is not timed.")] = 8,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure, print a table, and write the figures as JSON."""
+    if quick:
+        model, new_tokens, steps = "nano", 64, 4
     loaded, load = measure_load(model)
     report = {
         "time_utc": utc_now(),
@@ -53,7 +58,7 @@ def main(
         "chat": measure_chat(loaded, prompt_tokens, new_tokens),
         "lora": measure_lora(loaded, batch, row_tokens, steps),
     }
-    show(report)
+    show(report, json_file)
     if output_dir:
         print(write_json(output_dir / f"{slug(report['device']['name'])}.json", report))
 
@@ -182,17 +187,40 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def show(report: dict) -> None:
-    """The figures as a table."""
+def show(report: dict, json_file: Path | None) -> None:
+    """The figures as a table, and what they cost against each other."""
     model, device = report["model"], report["device"]
-    table = Table("task", "figure", "value", title=f"{model['name']}, {model['dtype']}, {device['name']}")
-    for task in ("load", "chat", "lora"):
-        for name, value in report[task].items():
-            if name.endswith("_bytes"):
-                table.add_row(task, name.replace("_bytes", " GiB"), f"{value / 2**30:.2f}")
-            else:
-                table.add_row(task, name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
-    Console().print(table)
+    rows = [[task, *line(*figure)] for task in ("load", "chat", "lora") for figure in report[task].items()]
+    publish(
+        "模型在这台设备上多快、占多少内存？How fast does the model run on this device, and in how much memory?",
+        ["task", "figure", "value"],
+        rows,
+        ratios=compared(report),
+        setting=f"{model['name']}, {model['dtype']}, {device['name']}",
+        json_file=json_file,
+        better="neither",
+    )
+
+
+def line(name: str, value: float) -> tuple[str, str]:
+    """A figure as it stands in the table."""
+    if name.endswith("_bytes"):
+        return name.replace("_bytes", " GiB"), f"{value / 2**30:.2f}"
+    return name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def compared(report: dict) -> dict[str, float]:
+    """How much faster a token is read than written; on a GPU also estimate / peak of the memory."""
+    chat = report["chat"]
+    ratios = {
+        "tokens read, against written": chat["prompt_tokens"] / chat["first_token_seconds"] / chat["tokens_per_second"]
+    }
+    if report["device"]["type"] == "cuda":
+        tasks = ("chat", "lora")
+        ratios |= {
+            f"{task}: estimate / peak": report[task]["estimated_bytes"] / report[task]["peak_bytes"] for task in tasks
+        }
+    return ratios
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Printed: medians and their ratio, on CharacterGLM-Nano and on a random model of 
 
     python benchmarks/kv_cache.py
     python benchmarks/kv_cache.py --repetitions 15 --threads 1
+    python benchmarks/kv_cache.py --quick     # Nano only
 """
 
 import statistics
@@ -15,9 +16,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from support.random_model import random_model
+from support.report import JsonFile, Quick, publish
 
 import helpers
 from helpers.chat import encode_prompt
@@ -32,21 +32,29 @@ def main(
     history_tokens: Annotated[int, typer.Option(min=300, help="Length of the prompt half-way, in tokens.")] = 1500,
     repetitions: Annotated[int, typer.Option(min=7, help="Turns measured, each in both ways.")] = 11,
     threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Print the time to the first token with the cache kept and with the prompt computed anew."""
     if threads:
         torch.set_num_threads(threads)
-    table = Table("model", "parameters", "prompt tokens", "cache kept", "computed anew", "ratio")
+    repetitions = 7 if quick else repetitions
     nano, tokenizer = helpers.load("nano", device_map="cpu", dtype="float32")
-    for name, model in (("Nano", nano), ("random", random_model(len(tokenizer)))):
+    models = {"Nano": nano} if quick else {"Nano": nano, "random": random_model(len(tokenizer))}
+    rows, ratios = [], {}
+    for name, model in models.items():
         kept, anew, tokens = measure(model, tokenizer, history_tokens, repetitions)
         times = f"{kept * 1000:.1f} ms", f"{anew * 1000:.1f} ms"
-        table.add_row(name, f"{model.num_parameters() / 1e6:.1f}M", str(tokens), *times, f"{anew / kept:.1f}x")
-    console = Console()
-    console.print(
-        f"Median of {repetitions}, CPU, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        rows.append([name, f"{model.num_parameters() / 1e6:.1f}M", str(tokens), *times])
+        ratios[f"{name}: first token, cache kept against computed anew"] = anew / kept
+    publish(
+        "每轮保留 KV cache，首个 token 快多少？How much sooner does a reply begin with the KV cache kept?",
+        ["model", "parameters", "prompt tokens", "cache kept", "computed anew"],
+        rows,
+        ratios=ratios,
+        setting=f"median of {repetitions} turns, CPU, float32",
+        json_file=json_file,
     )
-    console.print(table)
 
 
 def measure(model, tokenizer, history_tokens: int, repetitions: int) -> tuple[float, float, int]:

@@ -71,6 +71,7 @@ def main(
         ratios=ratios,
         setting=f"CPU, milliseconds, median of {repetitions}; ratios here are better when smaller",
         json_file=json_file,
+        better="below 1",
     )
 
 

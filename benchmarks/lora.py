@@ -12,6 +12,7 @@ same rows, which must not depend on how they are batched.
 
     python benchmarks/lora.py
     python benchmarks/lora.py --data huanhuan.json --repetitions 9 --threads 1
+    python benchmarks/lora.py --quick     # fewer and shorter measurements
 
 `--data` is the instruction set that readers of the lesson bring along; without it the project's own set is used.
 """
@@ -23,8 +24,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from support.report import JsonFile, Quick, publish
 from transformers import DataCollatorWithFlattening
 
 import helpers
@@ -36,6 +36,7 @@ from helpers.finetune.training import EpochGroupedSampler
 HUANHUAN = Path(__file__).parents[2] / "shared" / "data" / "huanhuan.json"
 HUANHUAN_CARD = {"bot_name": "甄嬛", "bot_info": "皇帝身边的女人。", "user_name": "用户"}
 BATCH, PADDED_TO = 4, 512
+LESSON = f"padded to {PADDED_TO}"
 
 
 def main(
@@ -43,44 +44,46 @@ def main(
     repetitions: Annotated[int, typer.Option(min=5, help="Times each recipe is measured.")] = 7,
     steps: Annotated[int, typer.Option(min=4, help="Training steps of a measurement.")] = 12,
     threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Print samples a second of the recipes."""
     if threads:
         torch.set_num_threads(threads)
-    console = Console()
+    repetitions, steps = (3, 6) if quick else (repetitions, steps)
     model, tokenizer = helpers.load("nano", device_map="cpu", dtype="float32")
-    rows = read_rows(data, tokenizer, console)
+    rows, source = read_rows(data, tokenizer)
     torch.manual_seed(0)
     model = add_lora(model)
     model.config.use_cache = False  # as the Trainer does: training has no use for a KV cache
     recipes = {
-        f"padded to {PADDED_TO}": (pad_to_fixed_length, shuffled(rows)),
+        LESSON: (pad_to_fixed_length, shuffled(rows)),
         "grouped, padded": (pad, grouped(rows)),
         "packed": (DataCollatorWithFlattening(), grouped(rows)),
         "helpers.finetune": (collate, grouped(rows)),
     }
     losses = {name: mean_loss(model, batch, rows[:64]) for name, (batch, _) in recipes.items()}
     speeds = measure(model, recipes, repetitions, steps)
-    table = Table("recipe", "samples/s", "ratio", "loss per token of the same 64 rows")
-    slowest = speeds[f"padded to {PADDED_TO}"]
-    for name, speed in speeds.items():
-        table.add_row(name, f"{speed:.1f}", f"{speed / slowest:.1f}x", f"{losses[name]:.5f}")
-    console.print(
-        f"Median of {repetitions}, CPU, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    publish(
+        "不填充到 512，微调快多少？How much faster is LoRA training if rows are not padded to 512 tokens?",
+        ["recipe", "samples/s", "loss per token of the same 64 rows"],
+        [[name, f"{speed:.1f}", f"{losses[name]:.5f}"] for name, speed in speeds.items()],
+        ratios={f"{name}, against {LESSON}": speeds[name] / speeds[LESSON] for name in recipes if name != LESSON},
+        setting=f"Nano, {len(rows):,} rows of {source}, median of {repetitions} times {steps} steps, CPU, float32",
+        json_file=json_file,
     )
-    console.print(table)
 
 
-def read_rows(data: Path, tokenizer, console: Console) -> list[dict]:
-    """The sequences of a data file; of the project's own set if there is no such file."""
+def read_rows(data: Path, tokenizer) -> tuple[list[dict], str]:
+    """The sequences of a data file and its name; of the project's own set if there is no such file."""
     card = HUANHUAN_CARD
     if not data.exists():
-        console.print(f"{data.name} is not on this machine: the project's own set is used")
+        print(f"{data.name} is not on this machine: the project's own set is used")
         data, card = DEFAULT_DATA, read_card(DEFAULT_CARD)
     samples, report = load_samples(data, card)
     rows = encode_samples(tokenizer, samples, PADDED_TO, report)
-    console.print(report, describe_lengths(rows, PADDED_TO))
-    return rows
+    print(report, describe_lengths(rows, PADDED_TO))
+    return rows, data.name
 
 
 def pad_to_fixed_length(rows: list[dict]) -> dict:

@@ -23,9 +23,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from support.memory import memory_status
+from support.report import JsonFile, Quick, publish
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -69,31 +68,38 @@ COUNTED = [
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Nano and one small model only.")] = False,
+    quick: Quick = False,
+    json_file: JsonFile = None,
     measure: Annotated[str | None, typer.Option(hidden=True, help="One case as JSON, in this process.")] = None,
 ) -> None:
     """Print estimate, measurement and their ratio; exit code 1 if one is off by more than 10%."""
     if measure:
         print(resident_growth(*json.loads(measure)))
         return
-    table = Table("model", "task", "estimated MiB", "measured MiB", "ratio")
-    ratios = []
+    rows, ratios = [], {}
     for shape, task, options in QUICK if quick else MEASURED:
         expected = helpers.estimate(task, config_of(shape), dtype="float32", **options)
-        ratios.append(add_row(table, f"{shape} measured", expected, options, measured(shape, task, options)))
+        add_row(rows, ratios, f"{shape} measured", expected, options, measured(shape, task, options))
     for task, options in [] if quick else COUNTED:
         expected = helpers.estimate(task, "6b", **options)
-        ratios.append(add_row(table, "6B counted", expected, options, counted(task, options)))
-    Console().print(f"Measured: CPU, float32. Counted: bfloat16. torch {torch.__version__}", table, sep="\n")
-    raise typer.Exit(int(any(abs(ratio - 1) > TOLERANCE for ratio in ratios)))
+        add_row(rows, ratios, "6B counted", expected, options, counted(task, options))
+    publish(
+        "helpers.estimate 与实际占用差多少？How far is helpers.estimate from the memory really used?",
+        ["model", "task", "estimated MiB", "found MiB"],
+        rows,
+        ratios=ratios,
+        setting="estimate / measured peak of a CPU process in float32, or / counted tensors in bfloat16",
+        json_file=json_file,
+        better="at 1",
+    )
+    raise typer.Exit(int(any(abs(ratio - 1) > TOLERANCE for ratio in ratios.values())))
 
 
-def add_row(table: Table, model: str, expected: helpers.Estimate, options: dict, found: int) -> float:
-    """Add a case to the table; returns estimate / measurement."""
-    ratio = sum(expected.parts.values()) / found
+def add_row(rows: list, ratios: dict, model: str, expected: helpers.Estimate, options: dict, found: int) -> None:
+    """Add a case to the table, and estimate / measurement to the ratios."""
     case = " ".join([expected.task, *(f"{name} {value}" for name, value in options.items())])
-    table.add_row(model, case, f"{expected.gib * 1024:,.1f}", f"{found / 2**20:,.1f}", f"{ratio:.3f}")
-    return ratio
+    rows.append([model, case, f"{expected.gib * 1024:,.1f}", f"{found / 2**20:,.1f}"])
+    ratios[f"{model}: {case}"] = sum(expected.parts.values()) / found
 
 
 def config_of(shape: str) -> CharacterGLMConfig:

@@ -12,10 +12,10 @@ Tokens are counted by encoding the replies again, in the same way for both sides
 
     python benchmarks/serving.py
     python benchmarks/serving.py --model nano --rounds 5 --threads 1
+    python benchmarks/serving.py --quick     # Nano, one round
 """
 
 import asyncio
-import json
 import os
 import statistics
 import tempfile
@@ -26,9 +26,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from support.random_model import random_model
+from support.report import JsonFile, Quick, publish
 
 import helpers
 from helpers.dialogues import load_dialogues
@@ -39,7 +38,6 @@ LESSON_SERVER = Path(__file__).parent / "support" / "lesson_server.py"
 CHARACTER = "苏梦远"
 GAP = 0.25
 PORT = 16006  # or the next free one
-console = Console()
 
 
 def main(
@@ -48,20 +46,27 @@ def main(
     users: Annotated[int, typer.Option(min=2, help="How many at once.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=8, help="Longest reply.")] = 64,
     threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON too.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Print a table of both servers and the ratios."""
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-    figures = {}
+    model, rounds = ("nano", 1) if quick else (model, rounds)
+    rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("nano", "random") if model == "both" else (model,):
             directory = helpers.resolve_model("nano") if name == "nano" else write_random_model(Path(folder) / "random")
-            figures[name] = asyncio.run(compare(directory, rounds, users, new_tokens))
-            show(name, figures[name], rounds, users)
-    if output:
-        output.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+            add_rows(name, asyncio.run(compare(directory, rounds, users, new_tokens)), users, rows, ratios)
+    publish(
+        "批处理的服务快多少，一个用户要付出代价吗？How much faster is the batching server, and does one user pay for it?",
+        ["model", "question", "theirs", "ours"],
+        rows,
+        ratios=ratios,
+        setting=f"medians of {rounds} rounds, CPU, float32, replies of at most {new_tokens} tokens",
+        json_file=json_file,
+    )
 
 
 def write_random_model(directory: Path) -> Path:
@@ -163,21 +168,18 @@ class Bench:
         return statistics.median(answer.first for answer in answers)
 
 
-def show(name: str, figures: dict[str, float], rounds: int, users: int) -> None:
-    """One row a question."""
-    table = Table("question", "theirs", "ours", "ratio", title=f"{name}, medians of {rounds} rounds")
+def add_rows(model: str, figures: dict[str, float], users: int, rows: list, ratios: dict) -> None:
+    """One row and one ratio a question."""
 
-    def row(question: str, theirs: str, ours: str, unit: str, more_is_better: bool = True) -> None:
+    def add(question: str, theirs: str, ours: str, unit: str, more_is_better: bool = True) -> None:
         a, b = figures[theirs], figures[ours]
-        ratio = b / a if more_is_better else a / b
-        table.add_row(question, f"{a:,.3g} {unit}", f"{b:,.3g} {unit}", f"{ratio:.2f}x")
+        rows.append([model, question, f"{a:,.3g} {unit}", f"{b:,.3g} {unit}"])
+        ratios[f"{model}: {question}"] = b / a if more_is_better else a / b
 
-    row("1 user, against plain generate", "plain 1", "ours 1", "tokens/s")
-    row(f"{users} users at once, against the lesson", f"lesson {users}", f"ours {users}", "tokens/s")
-    row(f"/health, 99th percentile, {users} users", "lesson health", "ours health", "s", more_is_better=False)
-    row(f"first words, one user every {GAP} s", "lesson first", "ours first", "s", more_is_better=False)
-    console.print(f"CPU, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    console.print(table)
+    add("1 user, against plain generate", "plain 1", "ours 1", "tokens/s")
+    add(f"{users} users at once, against the lesson", f"lesson {users}", f"ours {users}", "tokens/s")
+    add(f"/health, 99th percentile, {users} users", "lesson health", "ours health", "s", more_is_better=False)
+    add(f"first words, one user every {GAP} s", "lesson first", "ours first", "s", more_is_better=False)
 
 
 if __name__ == "__main__":

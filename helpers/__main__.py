@@ -235,11 +235,24 @@ def serve(
     grace_seconds: Annotated[int, typer.Option(min=0, help="停止时等正在写的回复多久 [seconds]")] = 30,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU 线程数，默认留一个核给网络 [CPU threads]")] = None,
     log_text: Annotated[bool, typer.Option(help="日志里也写对话内容 [log messages too]")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="模型的副本数，多于 1 个要装 Ray [copies of the model]")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="忙的时候最多几个副本 [most copies, under load]")
+    ] = None,
+    gpus_per_replica: Annotated[
+        float | None, typer.Option(min=0, help="每个副本几块 GPU，0.5 是两个共用一块 [GPUs a copy]")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDR", help="已有的 Ray 集群，auto 是本机所在的 [a running cluster]")
+    ] = None,
     until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """API 服务：原教程的 POST / 和 OpenAI 接口 [API server]"""
     from .serving import serve as serve_api
 
+    cluster = {"replicas": replicas, "max_replicas": max_replicas}
+    cluster |= {"gpus_per_replica": gpus_per_replica, "ray_address": ray_address}
+    alone = {"replicas": 1, "max_replicas": None, "gpus_per_replica": None, "ray_address": None}
     serve_api(
         model,
         host=host,
@@ -249,6 +262,7 @@ def serve(
         grace_seconds=grace_seconds,
         threads=threads,
         until_stdin_closes=until_stdin_closes,
+        cluster=None if cluster == alone else cluster,
         adapters=dict(split_pairs(adapter, "--adapter NAME=DIR")),
         cors_origins=tuple(cors_origin or ()),
         slots=slots,

@@ -5,18 +5,17 @@ from transformers import AutoModelForCausalLM
 
 from helpers.modeling import CharacterGLMConfig
 
+SHAPE = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10}
 
-def random_model(vocabulary: int):
-    """A model of CharacterGLM's architecture with about 50 million random weights."""
+
+def random_model(vocabulary: int, **shape: int):
+    """A model of CharacterGLM's architecture; with the default shape it has about 50 million random weights."""
     config = CharacterGLMConfig(
         vocab_size=vocabulary,
-        hidden_size=640,
-        intermediate_size=1728,
-        num_hidden_layers=10,
-        num_attention_heads=10,
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=4096,
+        **SHAPE | shape,
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()

@@ -1,6 +1,7 @@
 """The planner: against the real numbers of models, against memory in use, and its refusals."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_estimate.py"
 @pytest.fixture(scope="module")
 def benchmark():
     """benchmarks/memory_estimate.py as a module."""
+    sys.path.append(str(BENCHMARK.parent))  # where it finds its `support`, as it does when it is run
     spec = importlib.util.spec_from_file_location("memory_estimate", BENCHMARK)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

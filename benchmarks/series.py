@@ -1,0 +1,63 @@
+"""How long do the four notebooks take from end to end on CharacterGLM-Nano?
+
+Measured: seconds of each notebook, run headless by `helpers.runner` as `make run` does, start of the kernel included.
+Nothing is compared but two bounds: 60 s for notebook 01, 300 s for all four. Medians if there are several runs. The exit
+code is 1 if a notebook fails; a bound that is missed shows as a ratio below 1.
+
+    python benchmarks/series.py
+    python benchmarks/series.py --repetitions 1
+    python benchmarks/series.py --quick     # one run
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from support.report import JsonFile, Quick, publish
+
+from helpers.runner import find_notebooks, format_failure, run_notebooks
+
+FIRST_BOUND, ALL_BOUND = 60, 300  # seconds
+
+
+def main(
+    repetitions: Annotated[int, typer.Option(min=1, max=3, help="Runs of the whole series.")] = 3,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Print the seconds of each notebook and of all of them."""
+    repetitions = 1 if quick else repetitions
+    runs = [run_series() for _ in range(repetitions)]
+    median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    total = statistics.median(sum(run.values()) for run in runs)
+    bounds = {next(iter(median)): f"{FIRST_BOUND} s"}
+    rows = [[name, f"{seconds:.1f} s", bounds.get(name, "")] for name, seconds in median.items()]
+    publish(
+        "四个 notebook 在 Nano 上要跑多久？How long do the four notebooks take on Nano?",
+        ["notebook", "seconds", "bound"],
+        [*rows, ["all", f"{total:.1f} s", f"{ALL_BOUND} s"]],
+        ratios={
+            "notebook 01, against its bound": FIRST_BOUND / next(iter(median.values())),
+            "all, against their bound": ALL_BOUND / total,
+        },
+        setting=f"median of {repetitions} runs, headless, model nano",
+        json_file=json_file,
+    )
+
+
+def run_series() -> dict[str, float]:
+    """Seconds of each notebook; ends the program if one fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = run_notebooks([], model="nano", output_dir=Path(folder) / "outputs")
+    for result in results:
+        if result.failure:
+            sys.exit(format_failure(result))
+    assert len(results) == len(find_notebooks([]))
+    return {result.notebook: result.seconds for result in results}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,129 @@
+"""The benchmarks' common form, what becomes of their figures, and of a script that fails. The figures themselves: make bench."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+PROJECT = Path(__file__).parents[2]
+BENCHMARKS = PROJECT / "benchmarks"
+RUN_ALL = BENCHMARKS / "run_all.py"
+SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path != RUN_ALL)
+
+PUBLISHES = """
+from pathlib import Path
+from typing import Annotated
+import typer
+from support.report import JsonFile, Quick, publish
+
+def main(quick: Quick = False, json_file: JsonFile = None) -> None:
+    assert quick
+    publish(
+        "问题 question?", ["what", "a|b"], [["[one]", "1 s"]], ratios={"ours 比 theirs": 2.5}, setting="short",
+        json_file=json_file, chart={"x": "turn", "y": "seconds", "lines": {"ours": [1.0, 2.0]}},
+    )
+
+typer.run(main)
+"""
+FAILS = "import sys; sys.exit('no such model')"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def support():
+    """Lets the scripts find what they share, as they do when they are run."""
+    sys.path.append(str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def table(support):
+    """benchmarks/support/figures_table.py as a module."""
+    return importlib.import_module("support.figures_table")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A folder of two small benchmarks, the first of which fails, after all of it was run."""
+    folder = tmp_path_factory.mktemp("project") / "benchmarks"
+    shutil.copytree(BENCHMARKS / "support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(RUN_ALL, folder)
+    (folder / "a_fails.py").write_text(FAILS, encoding="utf-8")
+    (folder / "b_works.py").write_text(PUBLISHES, encoding="utf-8")
+    begin, end = (line for line in readme().splitlines() if line.startswith("<!--"))
+    (folder / "README.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
+    (folder / "results" / "quick").mkdir(parents=True)
+    (folder / "results" / "quick" / "a_fails.json").write_text('{"of": "an earlier run"}', encoding="utf-8")
+    command = [sys.executable, str(folder / "run_all.py")]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    return folder, subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
+
+
+def readme() -> str:
+    return (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+
+
+def options(script: Path) -> set[str]:
+    """Names of the command's options."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    app = typer.Typer()
+    app.command()(module.main)
+    return {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_every_script_is_listed_and_has_the_common_form(script: Path) -> None:
+    assert f"[`{script.name}`]({script.name}) | " in readme(), "benchmarks/README.md does not say what it asks"
+    assert options(script) >= {"--quick", "--json"}
+    assert "publish(" in script.read_text(encoding="utf-8")
+
+
+def test_the_table_is_what_the_committed_figures_give(table) -> None:
+    results = table.read_results(BENCHMARKS)
+    assert results, "no figures in benchmarks/results/quick: make bench"
+    assert readme() == table.with_part(readme(), table.render(BENCHMARKS)), "benchmarks/run_all.py --redraw"
+    charts = re.findall(r"\]\((results/quick/[^)]+\.png)\)", readme())
+    assert "results/quick/ratios.png" in charts
+    for chart in charts:
+        assert (BENCHMARKS / chart).read_bytes().startswith(b"\x89PNG")
+    assert results.keys() <= {script.stem for script in SCRIPTS}, "figures of a script that is gone"
+
+
+def test_the_others_run_after_a_failure_which_is_reported(ran) -> None:
+    folder, done = ran
+    assert done.returncode == 1
+    assert "[failed benchmarks]：a_fails.py: exit code 1" in done.stderr
+    assert "no such model" in done.stderr
+    runs = json.loads((folder / "results" / "quick" / "run_all.json").read_text())
+    assert {name: run["status"] for name, run in runs.items()} == {"a_fails": "exit code 1", "b_works": "ok"}
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| [`a_fails.py`](a_fails.py) | **failed: exit code 1** |" in text
+    assert not (folder / "results" / "quick" / "a_fails.json").exists(), "figures of an earlier run would stay"
+
+
+def test_what_is_published_comes_out_as_json_and_as_a_table(ran) -> None:
+    folder, done = ran
+    result = json.loads((folder / "results" / "quick" / "b_works.json").read_text(encoding="utf-8"))
+    assert (result["question"], result["rows"], result["ratios"]) == (
+        "问题 question?",
+        [["[one]", "1 s"]],
+        {"ours 比 theirs": 2.5},
+    )
+    assert result["threads"] == 1 and result["device"]["name"] and result["versions"]["torch"] and result["time_utc"]
+    assert "ours 比 theirs: 2.50x" in done.stdout and "[one]" in done.stdout
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| [`b_works.py`](b_works.py) | ours 比 theirs | 2.50x | > 1 |" in text
+    assert "| what | a\\|b |\n|---|---|\n| [one] | 1 s |" in text
+    assert result["device"]["name"] in text and result["time_utc"][:10] in text
+    for chart in ("ratios", "b_works"):
+        assert (folder / "results" / "quick" / f"{chart}.png").exists()
