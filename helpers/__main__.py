@@ -22,6 +22,8 @@ app = typer.Typer(
 Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
 ModelName = Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")]
 Adapter = Annotated[str | None, typer.Option(help="LoRA adapter 的目录 [folder of a LoRA adapter]")]
+Quantization = Annotated[str | None, typer.Option(help="int8 或 nf4：权重省一半或更多 [smaller weights]")]
+Compile = Annotated[bool, typer.Option("--compile", help="编译，第一条回复慢，之后更快 [torch.compile]")]
 OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
 Receipt = Annotated[str, typer.Argument(help="receipt_NN.json")]
 
@@ -291,6 +293,8 @@ def chat(
     model: ModelName = "auto",
     character: Annotated[str, typer.Option(help="和谁聊 [character]")] = "苏梦远",
     adapter: Adapter = None,
+    quantization: Quantization = None,
+    compile: Compile = False,
     load: Annotated[str | None, typer.Option(metavar="FILE", help="打开导出的对话或角色卡 [open a file]")] = None,
     once: Annotated[str | None, typer.Option(metavar="TEXT", help="只答这一句，打印后退出 [answer once]")] = None,
     seed: Annotated[int | None, typer.Option(help="让采样可以重复 [repeatable sampling]")] = None,
@@ -314,13 +318,16 @@ def chat(
         "do_sample": do_sample,
     }
     generation = {name: value for name, value in given.items() if value is not None}
-    start(model, character, adapter=adapter, file=load, once=once, **generation)
+    loading = {"adapter": adapter, "quantization": quantization, "compile": compile}
+    start(model, character, file=load, once=once, loading=loading, **generation)
 
 
 @app.command()
 def demo(
     model: ModelName = "auto",
     adapter: Adapter = None,
+    quantization: Quantization = None,
+    compile: Compile = False,
     host: Annotated[str, typer.Option(help="绑定的地址 [address to bind]")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")] = 6006,
     password: Annotated[
@@ -333,7 +340,8 @@ def demo(
     """聊天网页 [web page]"""
     from .demo.web import serve
 
-    serve(model, adapter=adapter, host=host, port=port, password=password, insecure=insecure, language=language)
+    loading = {"adapter": adapter, "quantization": quantization, "compile": compile}
+    serve(model, loading, host=host, port=port, password=password, insecure=insecure, language=language)
 
 
 @app.command(cls=PairCommand)
