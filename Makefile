@@ -1,7 +1,7 @@
 # One command each. `make run` and `make test` set everything up first; the second time they start at once.
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
-SETUP_FILES := requirements.txt requirements-dev.txt constraints.txt pyproject.toml scripts/setup.sh
+SETUP_FILES := requirements.txt requirements-cluster.txt requirements-dev.txt constraints.txt pyproject.toml scripts/setup.sh
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help

@@ -144,7 +144,8 @@ async def health(request: Request) -> JSONResponse:
 @router.get("/metrics", response_class=Response, responses={401: {"model": ErrorBody}})
 async def metrics(request: Request) -> Response:
     """Counters for Prometheus."""
-    text = request.app.state.metrics.render(request.app.state.service.engines.values())
+    service = request.app.state.service
+    text = request.app.state.metrics.render(service.engines.values(), service.replicas)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -156,6 +157,7 @@ def create_app(
     cors_origins: tuple[str, ...] = (),
     log_text: bool = False,
     on_failure: Callable[[], None] = lambda: None,
+    make_service: Callable[..., Service] = Service,
     **engine_options,
 ) -> FastAPI:
     """The API as an ASGI application; it loads the model in the background once it has started.
@@ -167,12 +169,13 @@ def create_app(
         cors_origins: web pages of these origins may use the API; none by default.
         log_text: whether the log also holds what was said.
         on_failure: called if the model cannot be loaded.
+        make_service: where the model runs, made from `model`, `adapters` and the engine options.
         engine_options: slots, queue_size, context, cache_tokens; see `Engine`.
 
     Raises:
         HelpersError: there is no such model. Whether its files are good shows when they are loaded.
     """
-    service = Service(model, adapters, **engine_options)
+    service = make_service(model, adapters, **engine_options)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):

@@ -26,36 +26,21 @@ logger = logging.getLogger(__name__)
 
 PAGE_TOKENS = 32  # the unit in which the KV cache is given out, and in which prompts can share a prefix
 BATCH_TOKENS = 512  # most tokens of one forward pass; longer prompts are read in pieces, between the tokens of others
+SLOTS, QUEUE_SIZE = 16, 48
 RESTART_SECONDS = 1.0
 WATCH_SECONDS = 0.1
 
 
-class Engine:
-    """One model that writes up to `slots` replies at the same time.
+class Admission:
+    """How many requests there may be: `slots` that are written and `queue_size` that wait."""
 
-    Args:
-        model: a causal language model. The engine works on a copy that shares its weights, with attention of its own.
-        slots: replies written at the same time.
-        queue_size: requests that may wait for a slot; one more gets an `OverloadError`.
-        context: longest prompt and reply together, in tokens.
-        cache_tokens: size of the KV cache, shared by all slots (28 KiB a token for the 6B in half precision).
-    """
+    slots: int
+    alive: bool
 
-    def __init__(self, model, *, slots: int = 16, queue_size: int = 48, context: int = 4096, cache_tokens: int = 32768):
-        self.model, self.slots, self.queue_size = shared_copy(model), slots, queue_size
-        self.context = min(context, model.config.max_position_embeddings, cache_tokens)
-        self.cache_tokens = cache_tokens
-        self.restarts = 0
-        self._running: set[Generation] = set()
+    def __init__(self, queue_size: int):
+        self.queue_size = queue_size
+        self._running: set = set()
         self._preparing = 0
-        self._watcher: asyncio.Task | None = None
-        self._manager = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether requests can be served now."""
-        manager = self._manager
-        return manager is not None and manager.is_running() and manager.background_thread_status.fatal_error is None
 
     @property
     def in_flight(self) -> int:
@@ -66,43 +51,6 @@ class Engine:
     def waiting(self) -> int:
         """Requests beyond the slots."""
         return max(0, self.in_flight - self.slots)
-
-    async def start(self) -> None:
-        """Start, and keep watch from now on. Call in the event loop that serves the requests.
-
-        Raises:
-            Exception: as torch raises it, if there is no memory for the KV cache.
-        """
-        await asyncio.to_thread(self._launch)
-        self._watcher = asyncio.create_task(self._watch())
-
-    async def close(self) -> None:
-        """Stop; replies still being written end with an error."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
-        self._fail_all("服务正在关闭 [shutting down]")
-        if self._manager is not None:
-            await asyncio.to_thread(self._manager.stop, block=True, timeout=10, hard_stop=True)
-
-    def generate(self, input_ids: list[int], parameters: GenerationParameters) -> "Generation":
-        """Begin a reply; iterate over the result for its token ids.
-
-        Args:
-            input_ids: the prompt.
-            parameters: do_sample, temperature, top_k, top_p, repetition_penalty, seed and max_new_tokens are used.
-
-        Raises:
-            ChatError: an empty or too long prompt, or ids that are not in the vocabulary.
-            OverloadError: all slots and the queue are full; EngineError: not running at the moment.
-        """
-        room = self._checked_room(input_ids)
-        self._admit()
-        generation = Generation(self._manager, self._running)
-        sampling = Sampling(parameters, self.model.config.vocab_size, self.model.device)
-        generation.start(input_ids, min(parameters.max_new_tokens, room), sampling)
-        return generation
 
     @contextlib.contextmanager
     def admitted(self):
@@ -123,6 +71,75 @@ class Engine:
             raise EngineError("推理引擎没有在运行 [engine is down]：正在重启，请过几秒再试")
         if self.in_flight >= self.slots + self.queue_size:
             raise OverloadError(f"请求太多 [server busy]：已有 {self.in_flight} 个，请稍后再试")
+
+
+class Engine(Admission):
+    """One model that writes up to `slots` replies at the same time.
+
+    Args:
+        model: a causal language model. The engine works on a copy that shares its weights, with attention of its own.
+        slots: replies written at the same time.
+        queue_size: requests that may wait for a slot; one more gets an `OverloadError`.
+        context: longest prompt and reply together, in tokens.
+        cache_tokens: size of the KV cache, shared by all slots (28 KiB a token for the 6B in half precision).
+    """
+
+    def __init__(
+        self, model, *, slots: int = SLOTS, queue_size: int = QUEUE_SIZE, context: int = 4096, cache_tokens: int = 32768
+    ):
+        super().__init__(queue_size)
+        self.model, self.slots = shared_copy(model), slots
+        self.context = min(context, model.config.max_position_embeddings, cache_tokens)
+        self.cache_tokens = cache_tokens
+        self.restarts = 0
+        self._watcher: asyncio.Task | None = None
+        self._manager = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be served now."""
+        manager = self._manager
+        return manager is not None and manager.is_running() and manager.background_thread_status.fatal_error is None
+
+    async def start(self) -> None:
+        """Start, and keep watch from now on. Call in the event loop that serves the requests.
+
+        Raises:
+            Exception: as torch raises it, if there is no memory for the KV cache.
+        """
+        await asyncio.to_thread(self._launch)
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        """Stop; replies still being written end with an error."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        self._fail_all("服务正在关闭 [shutting down]")
+        if self._manager is not None:
+            await asyncio.to_thread(self._manager.stop, block=True, timeout=10, hard_stop=True)
+
+    def generate(
+        self, input_ids: list[int], parameters: GenerationParameters, session: str | None = None
+    ) -> "Generation":
+        """Begin a reply; iterate over the result for its token ids.
+
+        Args:
+            input_ids: the prompt.
+            parameters: do_sample, temperature, top_k, top_p, repetition_penalty, seed and max_new_tokens are used.
+            session: of no importance where there is one engine.
+
+        Raises:
+            ChatError: an empty or too long prompt, or ids that are not in the vocabulary.
+            OverloadError: all slots and the queue are full; EngineError: not running at the moment.
+        """
+        room = self._checked_room(input_ids)
+        self._admit()
+        generation = Generation(self._manager, self._running)
+        sampling = Sampling(parameters, self.model.config.vocab_size, self.model.device)
+        generation.start(input_ids, min(parameters.max_new_tokens, room), sampling)
+        return generation
 
     def _checked_room(self, input_ids: list[int]) -> int:
         vocabulary = self.model.config.vocab_size
@@ -191,6 +208,7 @@ class Generation:
         self._outputs: asyncio.Queue = asyncio.Queue()
         self._received = 0
         self.token_ids: list[int] = []  # what has been read
+        self.facts: dict[str, str] = {}  # for the log
 
     def start(self, input_ids: list[int], max_new_tokens: int, sampling: Sampling) -> None:
         """Hand the request to the engine."""

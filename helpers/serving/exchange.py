@@ -15,6 +15,7 @@ from .text import Piece, read_text
 
 logger = logging.getLogger("helpers.serving")
 
+SESSION_HEADER, SESSION_CHARACTERS = "x-session-id", 128
 Prompt = tuple[SessionMeta, list[list[dict]]]
 
 
@@ -53,7 +54,8 @@ class Exchange:
         stopwatch, service = Stopwatch(request.app.state.metrics), request.app.state.service
         engine, character = service.choose(model)
         persona, turns = make_prompt(character)
-        started = await service.start(engine, persona, turns, parameters)
+        session = request.headers.get(SESSION_HEADER, "")[:SESSION_CHARACTERS]
+        started = await service.start(engine, persona, turns, parameters, session or None)
         exchange = cls(request, stopwatch, started, stops)
         if request.app.state.log_text:
             exchange.texts = {"query": turns[-1][-1]["content"], "reply": ""}
@@ -88,7 +90,7 @@ class Exchange:
         self.generation.cancel()
         outcome = "failed" if self.failed else self.last.finish_reason or "aborted"
         facts = {"id": self.id, "path": self.request.url.path, "prompt_tokens": self.prompt_tokens}
-        logger.info("request", extra=facts | self.stopwatch.end(outcome) | self.texts)
+        logger.info("request", extra=facts | self.generation.facts | self.stopwatch.end(outcome) | self.texts)
 
     async def _measured(self, pieces):
         try:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .engine import Engine
+from .engine import Admission
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -30,14 +30,16 @@ class Metrics:
         )
         self.in_flight = Gauge("characterglm_requests_in_flight", "Being written or waiting", registry=registry)
         self.queue = Gauge("characterglm_queue_length", "Waiting for a slot", registry=registry)
+        self.replicas = Gauge("characterglm_replicas", "Copies of the model that serve", registry=registry)
         self.restarts = Gauge("characterglm_engine_restarts", "Times an engine was started again", registry=registry)
 
-    def render(self, engines: Iterable[Engine]) -> bytes:
+    def render(self, engines: Iterable[Admission], replicas: int) -> bytes:
         """All of it in Prometheus' text format."""
         engines = list(engines)
         self.in_flight.set(sum(engine.in_flight for engine in engines))
         self.queue.set(sum(engine.waiting for engine in engines))
         self.restarts.set(sum(engine.restarts for engine in engines))
+        self.replicas.set(replicas)
         return generate_latest(self.registry)
 
 

@@ -48,8 +48,14 @@ class Service:
         self.characters = load_characters() | {name: card for name, card in own_cards.items() if card}
         self.engines: dict[str, Engine] = {}
         self.model = self.tokenizer = None
+        self.defaults: dict = {}  # what the model's own files say about generation
         self.failure: Exception | None = None
         self._tokenizer_lock = threading.Lock()  # its settings are not made for several threads
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the model serve."""
+        return 1 if self.engines else 0
 
     @property
     def status(self) -> str:
@@ -69,7 +75,7 @@ class Service:
         """Load the model and start the engines; `failure` tells if that did not work."""
         engines: dict[str, Engine] = {}
         try:
-            engines = await asyncio.to_thread(self._load)
+            engines = await self._load()
             for engine in engines.values():
                 await engine.start()
             self.engines = engines
@@ -85,8 +91,12 @@ class Service:
         for engine in engines.values():
             await engine.close()
 
-    def _load(self) -> dict[str, Engine]:
+    async def _load(self) -> dict[str, Engine]:
+        return await asyncio.to_thread(self._make_engines)
+
+    def _make_engines(self) -> dict[str, Engine]:
         self.model, self.tokenizer = self.source if isinstance(self.source, tuple) else load(self.source)
+        self.defaults = model_defaults(self.model)
         engines = {self.name: Engine(self.model, **self.engine_options)}
         for name, directory in self.adapters.items():
             # An engine and a KV cache of its own: switching adapters inside one batch gives wrong tokens.
@@ -106,24 +116,32 @@ class Service:
             raise EngineError("模型还在加载 [loading]：请过几秒再试")
         return self.engines.get(name or self.name, self.engines[self.name]), self.characters.get(name or "")
 
-    async def start(self, engine: Engine, persona: SessionMeta, turns: list[list[dict]], generation: dict) -> Started:
+    async def start(
+        self,
+        engine: Engine,
+        persona: SessionMeta,
+        turns: list[list[dict]],
+        generation: dict,
+        session: str | None = None,
+    ) -> Started:
         """Begin a reply.
 
         Args:
             turns: chat messages, as for `fit_prompt`; the oldest are left out if they do not fit.
             generation: over the model's own defaults.
+            session: requests of one session go to one replica, where there are several.
 
         Raises:
             ChatError: senseless parameters or a prompt that is too long; OverloadError, EngineError: see `Engine`.
         """
-        parameters = GenerationParameters.check({**model_defaults(self.model), **generation})
+        parameters = GenerationParameters.check({**self.defaults, **generation})
         context = min(parameters.max_length or engine.context, engine.context)
         # Every message is two tokens at least: more turns cannot fit, and rendering them would hold up others.
         turns = turns[-max(1, context // 2) :]
         with engine.admitted():
             input_ids, _, max_new_tokens = await asyncio.to_thread(self._fit, persona, turns, parameters, context)
         parameters.max_new_tokens = max_new_tokens
-        return Started(engine.generate(input_ids, parameters), len(input_ids))
+        return Started(engine.generate(input_ids, parameters, session), len(input_ids))
 
     def _fit(self, *arguments):
         with self._tokenizer_lock:

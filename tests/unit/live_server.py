@@ -14,7 +14,7 @@ import uvicorn
 from helpers.generation import STOP_IDS, GenerationParameters, PromptCache, Reply
 from helpers.serving.app import create_app
 from helpers.serving.limits import RequestLimits
-from helpers.serving.server import open_listener
+from helpers.serving.server import open_listener, uvicorn_config
 
 
 class LiveServer:
@@ -27,8 +27,7 @@ class LiveServer:
     def __init__(self, app, **limits):
         self.app, self.service, self.listener = app, app.state.service, open_listener("127.0.0.1", 0)
         next(m for m in app.user_middleware if m.cls is RequestLimits).kwargs.update(limits)
-        config = uvicorn.Config(app, access_log=False, log_config=None, timeout_graceful_shutdown=5)
-        self.server = uvicorn.Server(config)
+        self.server = uvicorn.Server(uvicorn_config(app, 5))
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
 
     @property

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SETUP_FILES = ("requirements.txt", "requirements-dev.txt", "constraints.txt", "pyproject.toml", "Makefile")
+SETUP_FILES = (
+    "requirements.txt",
+    "requirements-cluster.txt",
+    "requirements-dev.txt",
+    "constraints.txt",
+    "pyproject.toml",
+)
+PROJECT_FILES = (*SETUP_FILES, "Makefile")
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 CANDIDATES = ("python3", "python3.13", "python3.12", "python3.11", "python")
 
@@ -35,7 +42,7 @@ def project(tmp_path: Path) -> Path:
     """A folder with what set-up reads, and nothing else."""
     folder = tmp_path / "a project"
     (folder / "scripts").mkdir(parents=True)
-    for name in SETUP_FILES:
+    for name in PROJECT_FILES:
         shutil.copy(REPOSITORY / name, folder / name)
     for script in (REPOSITORY / "scripts").glob("*.sh"):
         shutil.copy(script, folder / "scripts" / script.name)
@@ -232,7 +239,7 @@ def test_make_sets_up_only_when_something_changed(installed: Path) -> None:
     ready.write_text(f"{installed}\n")
     assert not make_calls_setup(installed)
 
-    for name in ("requirements.txt", "constraints.txt", "pyproject.toml", "scripts/setup.sh"):
+    for name in (*SETUP_FILES, "scripts/setup.sh"):
         os.utime(installed / name, (ready.stat().st_mtime + 5,) * 2)
         assert make_calls_setup(installed), name
         os.utime(installed / name, (ready.stat().st_mtime - 5,) * 2)
