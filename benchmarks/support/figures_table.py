@@ -82,12 +82,12 @@ def describe(result: dict) -> str:
 
 
 def ratio_table(results: dict[str, dict], runs: dict[str, dict]) -> list[str]:
-    """Every ratio, a row each; scripts that failed say so."""
+    """Every ratio, a row each; scripts that failed or were not run say so."""
     lines = ["| script | compared | ratio | good |", "|---|---|---:|---|"]
     for name in sorted(results.keys() | runs.keys()):
         link = f"[`{name}.py`]({name}.py)"
         if (status := runs.get(name, {}).get("status", "ok")) != "ok":
-            lines.append(row([link, f"**failed: {status}**", "", ""]))
+            lines.append(row([link, f"**{status}**", "", ""]))
         result = results.get(name, {"ratios": {}})
         for compared, ratio in result["ratios"].items():
             lines.append(row([link, compared, f"{ratio:.2f}x", GOOD[result["better"]]]))
