@@ -22,6 +22,8 @@ app = typer.Typer(
 Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
 ModelName = Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [or a folder]")]
 Adapter = Annotated[str | None, typer.Option(help="LoRA adapter 的目录 [folder of a LoRA adapter]")]
+Quantization = Annotated[str | None, typer.Option(help="int8 或 nf4：权重省一半或更多 [smaller weights]")]
+Compile = Annotated[bool, typer.Option("--compile", help="编译，第一条回复慢，之后更快 [torch.compile]")]
 OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
 Receipt = Annotated[str, typer.Argument(help="receipt_NN.json")]
 
@@ -233,6 +235,11 @@ def serve(
     grace_seconds: Annotated[int, typer.Option(min=0, help="停止时等正在写的回复多久 [seconds]")] = 30,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU 线程数，默认留一个核给网络 [CPU threads]")] = None,
     log_text: Annotated[bool, typer.Option(help="日志里也写对话内容 [log messages too]")] = False,
+    page: Annotated[bool, typer.Option(help="同一个模型在 /demo 提供聊天网页 [chat page at /demo]")] = False,
+    password: Annotated[
+        str | None,
+        typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入网页要的密码 [login]"),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="模型的副本数，多于 1 个要装 Ray [copies of the model]")] = 1,
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="忙的时候最多几个副本 [most copies, under load]")
@@ -248,6 +255,15 @@ def serve(
     """API 服务：原教程的 POST / 和 OpenAI 接口 [API server]"""
     from .serving import serve as serve_api
 
+    add_page = None
+    if page:
+        from .demo.web import mount, require_password
+
+        require_password(host, password, insecure)
+
+        def add_page(app, loaded):
+            return mount(app, *loaded, password=password)
+
     cluster = {"replicas": replicas, "max_replicas": max_replicas}
     cluster |= {"gpus_per_replica": gpus_per_replica, "ray_address": ray_address}
     alone = {"replicas": 1, "max_replicas": None, "gpus_per_replica": None, "ray_address": None}
@@ -261,6 +277,7 @@ def serve(
         threads=threads,
         until_stdin_closes=until_stdin_closes,
         cluster=None if cluster == alone else cluster,
+        add_page=add_page,
         adapters=dict(split_pairs(adapter, "--adapter NAME=DIR")),
         cors_origins=tuple(cors_origin or ()),
         slots=slots,
@@ -276,6 +293,8 @@ def chat(
     model: ModelName = "auto",
     character: Annotated[str, typer.Option(help="和谁聊 [character]")] = "苏梦远",
     adapter: Adapter = None,
+    quantization: Quantization = None,
+    compile: Compile = False,
     load: Annotated[str | None, typer.Option(metavar="FILE", help="打开导出的对话或角色卡 [open a file]")] = None,
     once: Annotated[str | None, typer.Option(metavar="TEXT", help="只答这一句，打印后退出 [answer once]")] = None,
     seed: Annotated[int | None, typer.Option(help="让采样可以重复 [repeatable sampling]")] = None,
@@ -299,13 +318,16 @@ def chat(
         "do_sample": do_sample,
     }
     generation = {name: value for name, value in given.items() if value is not None}
-    start(model, character, adapter=adapter, file=load, once=once, **generation)
+    loading = {"adapter": adapter, "quantization": quantization, "compile": compile}
+    start(model, character, file=load, once=once, loading=loading, **generation)
 
 
 @app.command()
 def demo(
     model: ModelName = "auto",
     adapter: Adapter = None,
+    quantization: Quantization = None,
+    compile: Compile = False,
     host: Annotated[str, typer.Option(help="绑定的地址 [address to bind]")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")] = 6006,
     password: Annotated[
@@ -318,7 +340,8 @@ def demo(
     """聊天网页 [web page]"""
     from .demo.web import serve
 
-    serve(model, adapter=adapter, host=host, port=port, password=password, insecure=insecure, language=language)
+    loading = {"adapter": adapter, "quantization": quantization, "compile": compile}
+    serve(model, loading, host=host, port=port, password=password, insecure=insecure, language=language)
 
 
 @app.command(cls=PairCommand)

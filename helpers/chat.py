@@ -10,7 +10,8 @@ from contextlib import closing, contextmanager
 from .characters import as_session_meta
 from .dialogues import history_to_messages
 from .errors import BusyError, ChatError
-from .generation import GenerationParameters, PromptCache, Reply, decode_growing, decode_reply, model_defaults
+from .generation import GenerationParameters, Reply, decode_growing, decode_reply, model_defaults
+from .kv_cache import PromptCache, compiled_decoding, new_cache
 
 EXPORT_FORMAT = "characterglm-chat/1"
 MIN_REPLY_TOKENS = 16  # a prompt that leaves less room than this is refused
@@ -45,7 +46,7 @@ def stream_chat(model, tokenizer, session_meta, query, history=None, **generatio
     request = _Request(model, tokenizer, session_meta, query, [] if history is None else history, generation)
     if request.dropped:
         warn_dropped(request.dropped)
-    yield from _read(tokenizer, request.reply(PromptCache()).start())
+    yield from _read(tokenizer, request.reply(new_cache(model)).start())
 
 
 def _read(tokenizer, reply: Reply) -> Iterator[str]:
@@ -190,8 +191,12 @@ class _Request:
 
 
 def context_length(model) -> int:
-    """How many tokens, prompt and reply together, the model was made for (32,768 for the 6B)."""
-    return model.config.max_position_embeddings
+    """How many tokens, prompt and reply together: what the model was made for (32,768 for the 6B).
+
+    A compiled model has a KV cache of fixed length, which may be shorter.
+    """
+    decoding = compiled_decoding(model)
+    return model.config.max_position_embeddings if decoding is None else decoding.length
 
 
 def context_limit(model, parameters: GenerationParameters) -> int:
@@ -216,7 +221,7 @@ class ChatSession:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
         self.statistics: dict = {}  # of the last reply, see Reply.statistics
         self.dropped_turns = 0  # oldest exchanges that were not in the last prompt
-        self._cache, self._reply, self._lock = PromptCache(), None, threading.Lock()
+        self._cache, self._reply, self._lock = new_cache(model), None, threading.Lock()
         self._others: tuple[list[str], list[str]] = ([], [])  # alternatives before and after the reply in the history
         self.session_meta = as_session_meta(session_meta)
         self.history: list[list[str]] = []

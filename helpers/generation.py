@@ -1,4 +1,4 @@
-"""From prompt ids to a growing reply: checked parameters, a reusable KV cache, a stream that can be stopped."""
+"""From prompt ids to a growing reply: checked parameters, a stream that can be stopped."""
 
 import atexit
 import difflib
@@ -12,10 +12,11 @@ from contextlib import contextmanager
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from .errors import ChatError
+from .kv_cache import PromptCache
 from .tokenization import NEWLINE_ID, piece_bytes
 
 EOS_ID = 2
@@ -24,7 +25,7 @@ STOP_IDS = [EOS_ID, NEWLINE_ID]
 # Where a reply ends, how many there are and where the KV cache is kept is decided here, not by the caller.
 FIXED_PARAMETERS = {
     *("eos_token_id", "pad_token_id", "stop_strings", "num_return_sequences", "return_dict_in_generate"),
-    *("use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
+    *("use_cache", "cache_implementation", "compile_config", "transformers_version", "_from_model_config"),
 }
 NEUTRAL = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}  # transformers' own defaults
 
@@ -114,44 +115,6 @@ def _invalid(problems: Iterable[str]) -> ChatError:
     text = "；".join(problems)
     hint = "。要确定性输出请用 do_sample=False" if "temperature" in text else ""
     return ChatError(f"生成参数没有意义 [invalid generation parameter]：{text}{hint}")
-
-
-class PromptCache:
-    """The KV cache of the last prompt and reply, kept for the next prompt that begins with the same tokens."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.token_ids: list[int] = []
-        self.key_values = DynamicCache()
-
-    def reuse(self, input_ids: list[int]) -> int:
-        """Cut the cache to the longest common prefix with `input_ids` and return its length.
-
-        At least one token is left to compute: the model needs it to predict the next one.
-        """
-        keep = common_prefix_length(self.token_ids, input_ids[:-1])
-        cached = self.key_values.get_seq_length()
-        if keep == 0:
-            self.clear()
-        elif keep < cached:
-            self.key_values.crop(-(cached - keep))  # a negative number of tokens to drop: the form 5.23 accepts
-        self.token_ids = self.token_ids[:keep]
-        return keep
-
-    def record(self, token_ids: list[int]) -> None:
-        """Remember which tokens the cache now stands for: the last generated one was never fed back."""
-        self.token_ids = token_ids[: self.key_values.get_seq_length()]
-
-
-def common_prefix_length(first: list[int], second: list[int]) -> int:
-    """How many leading tokens two sequences share."""
-    for position, (a, b) in enumerate(zip(first, second)):
-        if a != b:
-            return position
-    return min(len(first), len(second))
 
 
 class _StopEvent(StoppingCriteria):
@@ -267,6 +230,7 @@ class Reply:
             self._receive(output[len(self.input_ids) :])
             return
         self.cache.reuse(self.input_ids)
+        self.config.compile_config = self.cache.compile_config
         options["streamer"] = _NewTokens(self._receive)
         output = self.model.generate(prompt, past_key_values=self.cache.key_values, **options)
         self.cache.record(output[0].tolist())

@@ -17,6 +17,7 @@ from .characters import SessionMeta, as_session_meta, read_json_object
 from .checkpoint import read_json, stored_shapes, verify_checkpoint, verify_weight_file, weight_files
 from .download import find_downloaded
 from .errors import CheckpointError, HelpersError
+from .kv_cache import QUANTIZED_OR_COMPILED, compile_decoding
 
 NANO_DIR = Path(__file__).parent.parent / "data" / "nano"
 MIN_GPU_GIB = 16  # the 6B model needs about 13 GiB in half precision, plus KV cache
@@ -46,7 +47,7 @@ class LoadChoice:
         return "\n".join([what, *(f"  - {reason}" for reason in self.reasons)])
 
 
-def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, adapter=None):
+def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, adapter=None, compile=False):
     """Load a CharacterGLM model for inference.
 
     Memory holds one copy of the weights, `.bin` or safetensors (`benchmarks/loading.py`). On a CPU, in the dtype of the
@@ -61,14 +62,19 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
             or a CPU. Embedding, output layer and computation stay in `dtype`. On a CPU replies are slower for it; see
             `benchmarks/decoding.py` for speed, memory and perplexity.
         adapter: directory of a PEFT LoRA adapter to put on top.
+        compile: decode with torch.compile, on a CUDA GPU with CUDA graphs. The first reply takes about a minute longer,
+            the later ones are faster, and prompt and reply together have at most `kv_cache.STATIC_TOKENS` tokens. Not
+            together with `quantization`. The API server has its own engine and does not use it.
 
     Returns:
         `(model, tokenizer)`, the model in evaluation mode.
 
     Raises:
         CheckpointError: the files are missing, incomplete or not CharacterGLM.
-        HelpersError: an argument makes no sense, or bitsandbytes is missing.
+        HelpersError: an argument makes no sense; bitsandbytes, or what compiling needs, is missing.
     """
+    if compile and quantization is not None:
+        raise HelpersError(QUANTIZED_OR_COMPILED)  # before a minute of loading
     choice = choose(model, dtype=dtype, device_map=device_map)
     logger.info("%s", choice)
     options = {"dtype": choice.dtype, "device_map": choice.device_map}
@@ -83,6 +89,9 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
             f"{choice.path}。它们必须来自同一个模型"
         )
     loaded = AutoModelForCausalLM.from_pretrained(choice.path, config=config, **options)
+    if compile:
+        compile_decoding(loaded)
+        logger.warning("第一条回复要先编译，约一分钟，之后更快 [compiling: the first reply takes about a minute]")
     if adapter is not None:
         loaded = add_adapter(loaded, adapter)
     return loaded.eval(), tokenizer

@@ -46,11 +46,12 @@ def plain(text: str) -> str:
     return _CONTROL.sub(lambda match: " " if match[0].isspace() else "\N{REPLACEMENT CHARACTER}", text)
 
 
-def start(model="auto", character="苏梦远", *, adapter=None, file=None, once=None, **generation) -> None:
+def start(model="auto", character="苏梦远", *, loading=None, file=None, once=None, **generation) -> None:
     """Load a model and chat: at a prompt if both ends are a terminal, else a reply for every line of the input.
 
     Args:
-        model, adapter: see `helpers.load`.
+        model: see `helpers.load`.
+        loading: further arguments for it: adapter, quantization, compile.
         character: name of a shipped card.
         file: an exported conversation or a card to open instead.
         once: answer only this.
@@ -64,7 +65,7 @@ def start(model="auto", character="苏梦远", *, adapter=None, file=None, once=
     GenerationParameters.check(generation)  # before a model is loaded, which may take a minute
     get_character(character)
     content = None if file is None else _read(Path(file))
-    conversations = Conversations(*load(model, adapter=adapter), name=character, **generation)
+    conversations = Conversations(*load(model, **loading or {}), name=character, **generation)
     if content is not None:
         conversations.open(content)
         conversations.session.set_generation(**generation)

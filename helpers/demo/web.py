@@ -390,12 +390,17 @@ def launch(
 
 
 def serve(
-    model="auto", *, adapter: str | None = None, host: str, port: int, password: str | None, insecure: bool, **options
+    model="auto", loading: dict | None = None, *, host: str, port: int, password: str | None, insecure: bool, **options
 ) -> None:
-    """`python -m helpers demo`: load a model and serve the page until Ctrl-C. Arguments as for `load` and `launch`."""
+    """`python -m helpers demo`: load a model and serve the page until Ctrl-C.
+
+    Args:
+        model, loading: see `load`, and its further arguments: adapter, quantization, compile.
+        host, port, password, insecure, **options: see `launch`.
+    """
     require_password(host, password, insecure)
     listen(host, port).close()  # a taken port is said before the model is loaded, which may take a minute
-    demo = launch(*load(model, adapter=adapter), host=host, port=port, password=password, insecure=insecure, **options)
+    demo = launch(*load(model, **loading or {}), host=host, port=port, password=password, insecure=insecure, **options)
     print(f"网页已启动，Ctrl-C 停止 [serving]：{demo.url}", flush=True)
     demo.wait()
 

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..chat import fit_history
 from ..dialogues import Dialogue
 from ..errors import DataError
-from ..generation import common_prefix_length
+from ..kv_cache import common_prefix_length
 from .data import BadRow, DataReport
 
 IGNORED = -100  # the label that the loss leaves out, in torch and transformers

@@ -23,13 +23,12 @@ from helpers.dialogues import load_dialogues
 from helpers.errors import BusyError, CharacterError, ChatError
 from helpers.generation import (
     GenerationParameters,
-    PromptCache,
     Reply,
-    common_prefix_length,
     decode_growing,
     decode_reply,
     model_defaults,
 )
+from helpers.kv_cache import PromptCache, common_prefix_length
 from helpers.loading import NANO_DIR
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "compact"

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import get_peft_model_state_dict
+from reference import REPOSITORY
 from transformers import AutoModelForCausalLM
 
 import helpers
+from helpers.__main__ import main
 from helpers.dialogues import load_dialogues
 from helpers.estimate import weight_bytes
 from helpers.finetune import add_lora, encode_samples, finetune, perplexity
@@ -93,3 +95,29 @@ def test_lora_learns_on_a_quantised_base(quantized, rows, tmp_path):
     assert torch.allclose(again(IDS).logits, tuned.eval()(IDS).logits, atol=1e-4)
     full, _ = helpers.load("nano", dtype="float32", device_map="cpu", adapter=tmp_path)
     assert perplexity(full, rows[0]) < before
+
+
+def test_the_terminal_chats_with_a_quantised_model(run_command, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    arguments = [
+        "-m",
+        "helpers",
+        "chat",
+        "--model",
+        "nano",
+        "--quantization",
+        "int8",
+        "--no-do-sample",
+        "--once",
+        "你好",
+    ]
+    done = run_command(*arguments)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
+    assert "MatMul8bitLt" not in done.stderr  # bitsandbytes would say it for every layer and token
+
+
+def test_quantized_and_compiled_is_refused_by_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["helpers", "demo", "--model", "nano", "--quantization", "nf4", "--compile"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "cannot compile a quantised model" in capsys.readouterr().err
