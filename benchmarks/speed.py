@@ -47,7 +47,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     if quick:
-        repetitions, prompt_tokens, new_tokens = 5, 256, 24
+        repetitions, prompt_tokens, new_tokens = 5, 128, 16
     rows, ratios = [], {}
     for name in ("50M",) if quick else SHAPES:
         model = randomised(random_model(VOCABULARY, **SHAPES[name]))

@@ -235,6 +235,11 @@ def serve(
     grace_seconds: Annotated[int, typer.Option(min=0, help="停止时等正在写的回复多久 [seconds]")] = 30,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU 线程数，默认留一个核给网络 [CPU threads]")] = None,
     log_text: Annotated[bool, typer.Option(help="日志里也写对话内容 [log messages too]")] = False,
+    page: Annotated[bool, typer.Option(help="同一个模型在 /demo 提供聊天网页 [chat page at /demo]")] = False,
+    password: Annotated[
+        str | None,
+        typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入网页要的密码 [login]"),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="模型的副本数，多于 1 个要装 Ray [copies of the model]")] = 1,
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="忙的时候最多几个副本 [most copies, under load]")
@@ -250,6 +255,15 @@ def serve(
     """API 服务：原教程的 POST / 和 OpenAI 接口 [API server]"""
     from .serving import serve as serve_api
 
+    add_page = None
+    if page:
+        from .demo.web import mount, require_password
+
+        require_password(host, password, insecure)
+
+        def add_page(app, loaded):
+            return mount(app, *loaded, password=password)
+
     cluster = {"replicas": replicas, "max_replicas": max_replicas}
     cluster |= {"gpus_per_replica": gpus_per_replica, "ray_address": ray_address}
     alone = {"replicas": 1, "max_replicas": None, "gpus_per_replica": None, "ray_address": None}
@@ -263,6 +277,7 @@ def serve(
         threads=threads,
         until_stdin_closes=until_stdin_closes,
         cluster=None if cluster == alone else cluster,
+        add_page=add_page,
         adapters=dict(split_pairs(adapter, "--adapter NAME=DIR")),
         cors_origins=tuple(cors_origin or ()),
         slots=slots,

@@ -18,8 +18,8 @@ RUN = "run_all.json"
 QUICK = Path("results") / "quick"
 RATIO_CHART = "ratios.png"
 PANELS = {
-    "above 1": "times faster: above 1 is better",
-    "below 1": "times what is needed: below 1 is better",
+    "above 1": "against the other way or a bound: above 1 is better",
+    "below 1": "against the least that is needed: smaller is better",
     "at 1": "estimate / truth: 1 is exact",
 }
 GOOD = {"above 1": "> 1", "below 1": "< 1", "at 1": "= 1", "neither": ""}
@@ -82,12 +82,12 @@ def describe(result: dict) -> str:
 
 
 def ratio_table(results: dict[str, dict], runs: dict[str, dict]) -> list[str]:
-    """Every ratio, a row each; scripts that failed say so."""
+    """Every ratio, a row each; scripts that failed or were not run say so."""
     lines = ["| script | compared | ratio | good |", "|---|---|---:|---|"]
     for name in sorted(results.keys() | runs.keys()):
         link = f"[`{name}.py`]({name}.py)"
         if (status := runs.get(name, {}).get("status", "ok")) != "ok":
-            lines.append(row([link, f"**failed: {status}**", "", ""]))
+            lines.append(row([link, f"**{status}**", "", ""]))
         result = results.get(name, {"ratios": {}})
         for compared, ratio in result["ratios"].items():
             lines.append(row([link, compared, f"{ratio:.2f}x", GOOD[result["better"]]]))

@@ -160,9 +160,10 @@ class Cluster:
         from .replica import Replica, StickyRouter
 
         engines = 1 + len(adapters)
-        at_once = engine_options["slots"] * engines
+        # A little more than its slots: the next request is there when a slot is free, without a word to the front.
+        at_once = (engine_options["slots"] + -(-engine_options["slots"] // 4)) * engines
         waiting = at_once * self.options.most + engine_options["queue_size"] * engines
-        # What waits, waits in front, where a request can still go to the replica that is free first.
+        # The rest waits in front, where a request can still go to the replica that is free first.
         arguments = str(directory), adapters, self.threads, {**engine_options, "queue_size": at_once}
         scaling = {"num_replicas": self.options.replicas}
         if self.options.most > self.options.replicas:
@@ -174,12 +175,12 @@ class Cluster:
             max_ongoing_requests=at_once,
             max_queued_requests=waiting,
             request_router_config=RequestRouterConfig(
-                request_router_class=StickyRouter, initial_backoff_s=0.01, backoff_multiplier=2, max_backoff_s=0.1
+                request_router_class=StickyRouter, initial_backoff_s=0.01, backoff_multiplier=2, max_backoff_s=0.05
             ),
             health_check_period_s=1,
             graceful_shutdown_wait_loop_s=0.5,
             graceful_shutdown_timeout_s=120,  # when there are to be fewer: the replies being written are finished
-            max_constructor_retry_count=2,
+            max_constructor_retry_count=1,
             logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
             **scaling,
         )(Replica)
@@ -202,8 +203,7 @@ class Cluster:
             if status.status == "RUNNING":
                 break
             if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                reasons = [deployment.message for deployment in status.deployments.values()]
-                raise HelpersError(f"副本没有启动 [replicas did not start]：{'；'.join(reasons) or status.message}")
+                raise HelpersError(f"副本没有启动 [replicas did not start]：{_reason(status)}")
             await asyncio.sleep(WATCH_SECONDS)
         self.running = self._running(status)
         self._watcher = asyncio.create_task(self._watch())
@@ -247,6 +247,13 @@ class Cluster:
             if not serve.status().applications:
                 serve.shutdown()
         ray.shutdown()
+
+
+def _reason(status) -> str:
+    """The end of the traceback that Ray tells: our own message, if it was an error of ours."""
+    messages = [deployment.message for deployment in status.deployments.values()] or [status.message]
+    lines = [line for message in messages for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else status.status
 
 
 def _knock(address: str) -> None:

@@ -31,12 +31,12 @@ class RequestLimits:
             async with asyncio.timeout(self.body_seconds):
                 body = await self._read(receive)
         except TimeoutError:
-            await _refuse(408, f"请求体太慢 [request timeout]：{self.body_seconds:g} 秒内没有收完")(
-                scope, receive, send
-            )
+            refused = _refuse(scope, 408, f"请求体太慢 [request timeout]：{self.body_seconds:g} 秒内没有收完")
+            await refused(scope, receive, send)
             return
         if body is None:
-            await _refuse(413, f"请求体太大 [body too large]：最多 {self.body_bytes:,} 字节")(scope, receive, send)
+            refused = _refuse(scope, 413, f"请求体太大 [body too large]：最多 {self.body_bytes:,} 字节")
+            await refused(scope, receive, send)
             return
         await self.app(scope, _replay(body, receive), self._patient(send))
 
@@ -71,7 +71,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-def _refuse(status: int, message: str) -> JSONResponse:
+def _refuse(scope: Scope, status: int, message: str) -> JSONResponse:
+    scope["app"].state.metrics.requests.labels(str(status)).inc()
     return JSONResponse(error_body(message, "invalid_request_error"), status)
 
 

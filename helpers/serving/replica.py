@@ -1,5 +1,6 @@
 """What runs on Ray Serve: replicas with a model each, and the choice of one for a request."""
 
+import time
 from collections.abc import AsyncIterator
 
 import torch
@@ -10,6 +11,8 @@ from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ..errors import EngineError
 from ..generation import GenerationParameters
 from .service import Service
+
+MESSAGE_SECONDS = 0.1  # a message costs Ray about 1 ms on either side, as much as a small model needs for a token
 
 
 class StickyRouter(ConsistentHashRouter):
@@ -56,9 +59,15 @@ class Replica:
         """This replica's id, then token ids as they are written. Closed early, the reply ends and its slot is free."""
         yield serve.get_replica_context().replica_id.unique_id
         generation = self.service.engines[engine].generate(input_ids, GenerationParameters.check(parameters))
+        written, sent = [], 0.0
         try:
             async for token_ids in generation:
-                yield token_ids
+                written += token_ids
+                if time.monotonic() - sent >= MESSAGE_SECONDS:
+                    yield written
+                    written, sent = [], time.monotonic()
+            if written:
+                yield written
         finally:
             generation.cancel()
 

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import torch
 import uvicorn
+from fastapi import FastAPI
 from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import HelpersError
+from ..loading import load
 from ..network import DEFAULT_PORT, free_port, is_loopback, listen
 from ..receipt import PROJECT_DIR
 from .app import create_app
@@ -34,6 +37,7 @@ def serve(
     threads: int | None = None,
     until_stdin_closes: bool = False,
     cluster: dict | None = None,
+    add_page: Callable[[FastAPI, tuple], object] | None = None,
     **app_options,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; replies being written may then take `grace_seconds` to end.
@@ -45,6 +49,8 @@ def serve(
         threads: for torch on a CPU; by default one core is left for the network, or tokens would wait for each other.
         cluster: replicas, max_replicas, gpus_per_replica, ray_address; see `ClusterOptions`. Several copies of the
             model then serve on Ray, behind the same app.
+        add_page: called with the app and (model, tokenizer), which are then loaded before the server answers: a web
+            page on the same model. A tab that is open at the end keeps its connection for `grace_seconds`.
         until_stdin_closes: also end when standard input does, that is, when the process that started this one is gone.
 
     Raises:
@@ -52,6 +58,10 @@ def serve(
     """
     api_key = api_key or None  # an empty one would let everybody in
     require_key(host, api_key, insecure)
+    if cluster is not None and add_page is not None:
+        raise HelpersError(
+            "网页要用这个进程里的模型，不能和 --replicas 一起用 [page needs one model]：另开 python -m helpers demo"
+        )
     listener = open_listener(host, port)
     replicas = None if cluster is None else _make_cluster(cluster, f"characterglm-{socket.gethostname()}-{port}")
     if replicas is not None:
@@ -63,7 +73,11 @@ def serve(
     def stop() -> None:
         server.should_exit = True
 
+    if add_page is not None:
+        model = load(model)
     app = create_app(model, api_key=api_key, on_failure=lambda: (failed.set(), stop()), **app_options)
+    if add_page is not None:
+        add_page(app, model)
     if replicas is not None:
         replicas.connect(threads)
     server = uvicorn.Server(uvicorn_config(app, grace_seconds))

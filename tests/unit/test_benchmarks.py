@@ -32,6 +32,7 @@ def main(quick: Quick = False, json_file: JsonFile = None) -> None:
 
 typer.run(main)
 """
+NOT_RUN = "not run: needs no_such_package, see requirements-cluster.txt"
 FAILS = "import sys; sys.exit('no such model')"
 
 
@@ -51,10 +52,13 @@ def table(support):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A folder of two small benchmarks, the first of which fails, after all of it was run."""
+    """A folder of small benchmarks, of which one fails and one lacks its package, after all of it was run."""
     folder = tmp_path_factory.mktemp("project") / "benchmarks"
     shutil.copytree(BENCHMARKS / "support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(RUN_ALL, folder)
+    source = RUN_ALL.read_text(encoding="utf-8")
+    assert '"ray"' in source
+    (folder / "run_all.py").write_text(source.replace('"ray"', '"no_such_package"'), encoding="utf-8")
+    (folder / "cluster.py").write_text(FAILS, encoding="utf-8")
     (folder / "a_fails.py").write_text(FAILS, encoding="utf-8")
     (folder / "b_works.py").write_text(PUBLISHES, encoding="utf-8")
     begin, end = (line for line in readme().splitlines() if line.startswith("<!--"))
@@ -101,12 +105,17 @@ def test_the_table_is_what_the_committed_figures_give(table) -> None:
 def test_the_others_run_after_a_failure_which_is_reported(ran) -> None:
     folder, done = ran
     assert done.returncode == 1
-    assert "[failed benchmarks]：a_fails.py: exit code 1" in done.stderr
+    assert "[failed benchmarks]：a_fails.py: failed: exit code 1" in done.stderr
     assert "no such model" in done.stderr
     runs = json.loads((folder / "results" / "quick" / "run_all.json").read_text())
-    assert {name: run["status"] for name, run in runs.items()} == {"a_fails": "exit code 1", "b_works": "ok"}
+    assert {name: run["status"] for name, run in runs.items()} == {
+        "a_fails": "failed: exit code 1",
+        "b_works": "ok",
+        "cluster": NOT_RUN,
+    }
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "| [`a_fails.py`](a_fails.py) | **failed: exit code 1** |" in text
+    assert f"| [`cluster.py`](cluster.py) | **{NOT_RUN}** |" in text
     assert not (folder / "results" / "quick" / "a_fails.json").exists(), "figures of an earlier run would stay"
 
 

@@ -139,11 +139,14 @@ def test_other_methods(server, method):
 
 def test_bodies_that_are_too_large(server):
     large = json.dumps({"prompt": "长" * 10**6, **ask("长" * 10**6)}).encode()
+    counter = 'characterglm_requests_total{outcome="413"}'
+    before = server.metrics().get(counter, 0)
     for path in ("/", CHAT):
         announced = server.client.post(path, content=large, headers={"Content-Type": "application/json"})
         unannounced = server.client.post(path, content=iter([large[i : i + 65536] for i in range(0, 10**6, 65536)]))
         for response in (announced, unannounced):
             assert response.status_code == 413 and "[body too large]" in response.json()["error"]["message"]
+    assert server.metrics()[counter] == before + 4
 
 
 @pytest.mark.parametrize("content", ["a", "长", "😀", " ", "\n", "</s>"])
@@ -183,6 +186,7 @@ def test_a_body_that_never_ends(nano, server):
             client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\n" + headers)
             assert hasty.client.post("/", json={"prompt": "x"}).status_code == 200  # nobody waits for the slow one
             assert client.recv(1000).startswith(b"HTTP/1.1 408")
+        assert hasty.metrics()['characterglm_requests_total{outcome="408"}'] == 1
         assert time.monotonic() - start < 5
         wait_until(hasty.idle)
 

@@ -12,13 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
+import torch
 from live_server import ask, wait_until
+from peft import LoraConfig, get_peft_model
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import helpers
 from helpers.errors import HelpersError
 from helpers.network import free_port
 from helpers.serving import Server, serve
 from helpers.serving.cluster import Cluster, ClusterOptions
+from helpers.serving.server import uvicorn_config
 
 CHAT = "/v1/chat/completions"
 KEY = "sk-it-is-a-secret"
@@ -29,10 +33,22 @@ OPTIONS = ["--replicas", REPLICAS, "--slots", SLOTS, "--queue-size", QUEUE, "--c
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def adapter(tmp_path_factory):
+    """A LoRA adapter that changes what the model says: both of its matrices are random."""
+    directory = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    targets = ["q_proj", "v_proj", "o_proj", "gate_up_proj"]
+    model, _ = helpers.load("nano", dtype="float32", device_map="cpu")
+    get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, adapter):
     log = tmp_path_factory.mktemp("cluster") / "log"
     port = free_port(20000 + os.getpid() % 20000)
-    with Server("nano", log_file=log, port=port, api_key=KEY, options=OPTIONS) as server:
+    options = [*OPTIONS, "--adapter", f"mine={adapter}"]
+    with Server("nano", log_file=log, port=port, api_key=KEY, options=options) as server:
         server.client = httpx.Client(base_url=server.url, trust_env=False, timeout=120, headers=bearer())
         server.replicas = replicas(server)
         yield server
@@ -118,6 +134,14 @@ def test_what_is_not_there(options, message):
         Cluster(ClusterOptions(**options)).connect()
 
 
+def test_what_ray_brings_along_does_not_change_the_server():
+    """uvicorn would take uvloop and httptools as soon as they are installed."""
+    config = uvicorn_config(None, 5)
+    config.load()
+    assert config.http_protocol_class is H11Protocol
+    assert config.loop == "asyncio"
+
+
 # --- the same API
 
 
@@ -143,24 +167,31 @@ def test_only_with_the_key(cluster):
     assert refused.status_code == 401 and refused.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_greedy_replies_are_those_of_the_single_server(cluster):
-    model, tokenizer = helpers.load("nano", dtype="float32", device_map="cpu")
-    for number, text in enumerate(["你好", "你是谁？", "给我讲个故事吧"]):
-        body = {"messages": [{"role": "user", "content": text}], "model": "苏梦远", "temperature": 0}
-        reply = cluster.client.post(CHAT, json=body, headers={"x-session-id": f"s{number}"}).json()
-        expected, _ = helpers.chat(model, tokenizer, helpers.get_character("苏梦远"), text, do_sample=False)
-        assert reply["choices"][0]["message"]["content"].strip() == expected
+def test_greedy_replies_are_those_of_the_single_server(cluster, adapter):
+    """Of the model and of an adapter, whichever replica writes them; `chat` says what the single server says."""
+    replies = {}
+    for name, directory in (("nano", None), ("mine", adapter)):
+        model, tokenizer = helpers.load("nano", dtype="float32", device_map="cpu", adapter=directory)
+        for text in ("你好", "你是谁？"):
+            body = ask(text, model=name, max_tokens=24)
+            answers = [cluster.client.post(CHAT, json=body, headers={"x-session-id": f"{i}"}) for i in range(4)]
+            said = {answer.json()["choices"][0]["message"]["content"].strip() for answer in answers}
+            persona = helpers.get_character("苏梦远")
+            expected, _ = helpers.chat(model, tokenizer, persona, text, do_sample=False, max_new_tokens=24)
+            assert said == {expected}
+            replies[name, text] = expected
+    assert replies["nano", "你好"] != replies["mine", "你好"]
 
 
 def test_a_stream_comes_piece_by_piece(cluster):
     pieces, times = [], []
-    for line in stream(cluster, max_tokens=150, stream_options={"include_usage": True}):
+    for line in stream(cluster, max_tokens=400, stream_options={"include_usage": True}):
         pieces.append(line)
         times.append(time.perf_counter())
     assert pieces[-1] == "data: [DONE]"
     usage = json.loads(pieces[-2][6:])["usage"]
-    assert usage["completion_tokens"] == 150
-    assert len(pieces) > 50
+    assert usage["completion_tokens"] == 400
+    assert len(pieces) > 6  # a message every 0.1 s, however fast the machine
     assert times[2] - times[0] < (times[-1] - times[0]) / 2
 
 

@@ -27,7 +27,7 @@ from helpers.demo.visitors import Visitors
 from helpers.demo.web import WebDemo, launch, mount
 from helpers.errors import BusyError, HelpersError
 from helpers.network import free_port, listen, port_is_free
-from helpers.serving import create_app
+from helpers.serving import Server, create_app
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 ATTACK = "<img src='http://example.invalid/x.png' onerror=\"window.hit=1\"><script>hit()</script>&amp;"
@@ -521,6 +521,30 @@ def test_command_line(tmp_path):
         finally:
             process.kill()
         assert "Traceback" not in (tmp_path / "log").read_text("utf-8")
+
+
+def test_page_beside_the_api(tmp_path):
+    options = ["--page", "--password", "reader:secret"]
+    with Server(
+        "nano", log_file=tmp_path / "log", port=free_port(21000 + os.getpid() % 20000), options=options
+    ) as server:
+        tab = Tab(f"{server.url}/demo/", auth=("reader", "secret"))
+        tab("send", "你好")
+        assert len(tab.texts()) == 3
+        with pytest.raises((AuthenticationError, ValueError)):
+            Tab(f"{server.url}/demo/", auth=("reader", "wrong"))
+        assert httpx.post(f"{server.url}/", json={"prompt": "你好"}, timeout=60).json()["status"] == 200
+        tab.client.close()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(["--replicas", "2"], "page needs one model"), (["--host", "0.0.0.0", "--api-key", "k"], "password required")],
+)
+def test_page_beside_the_api_refuses(options, message):
+    command = [sys.executable, "-m", "helpers", "serve", "--model", "nano", "--page", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr
 
 
 # --- who is remembered
