@@ -44,7 +44,7 @@ def main(
     json_file: JsonFile = None,
 ) -> None:
     """Print tokens a second of each server, and the ratios."""
-    model, rounds = ("nano", 5) if quick else (model, rounds)
+    model, rounds = ("nano", 3) if quick else (model, rounds)
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("nano", "random") if model == "both" else (model,):

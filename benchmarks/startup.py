@@ -32,7 +32,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
 ) -> None:
     """Print the seconds of each."""
-    repetitions = 5 if quick else repetitions
+    repetitions = 3 if quick else repetitions
     for command in COMMANDS.values():
         seconds(command)  # the files come from the disk only once
     measured = {name: [] for name in COMMANDS}
