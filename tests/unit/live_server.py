@@ -55,8 +55,8 @@ class LiveServer:
         )
 
     def connections(self) -> set[int]:
-        """The ports of the clients that are connected."""
-        return {connection.client[1] for connection in list(self.server.server_state.connections)}
+        """The ports of the clients that are connected; None for one that was gone before it was looked at."""
+        return {connection.client and connection.client[1] for connection in list(self.server.server_state.connections)}
 
     def __enter__(self):
         self.port = self.listener.getsockname()[1]
