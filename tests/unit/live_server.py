@@ -54,7 +54,7 @@ class LiveServer:
             or scheduler.waiting_requests
         )
 
-    def connections(self) -> set[int]:
+    def connections(self) -> set[int | None]:
         """The ports of the clients that are connected; None for one that was gone before it was looked at."""
         return {connection.client and connection.client[1] for connection in list(self.server.server_state.connections)}
 
