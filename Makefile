@@ -49,7 +49,7 @@ lab: $(READY) ## JupyterLab on 127.0.0.1 with a kernel that has everything
 kernel: $(READY) ## add the kernel "characterglm" to a JupyterLab that is already running
 	$(VENV_PYTHON) -m ipykernel install --user --name characterglm --display-name "Python 3 (CharacterGLM)"
 
-bench: $(READY) ## every benchmark, short, and its figures in benchmarks/README.md: under 10 minutes on two quiet cores
+bench: $(READY) ## every benchmark, short, and its figures in benchmarks/README.md: about 10 minutes on two quiet cores
 	$(VENV_PYTHON) benchmarks/run_all.py
 
 nano: $(READY) ## train CharacterGLM-Nano again

@@ -5,7 +5,7 @@ others still run, the table says so, and the exit code is 1. One whose optional 
 table says too. What a script measured before is deleted first: figures that
 stand in the table are of the last run.
 
-    python benchmarks/run_all.py                   # what `make bench` does: under 10 minutes on two quiet cores
+    python benchmarks/run_all.py                   # what `make bench` does: about 10 minutes on two quiet cores
     python benchmarks/run_all.py startup lora      # only these
     python benchmarks/run_all.py --redraw          # only tables and charts, from the figures that are there
 """
