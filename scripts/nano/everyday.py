@@ -1,0 +1,146 @@
+"""Everyday talk: what users say, by intent, and how each character answers it; see data/everyday/README.md."""
+
+import hashlib
+import json
+import random
+import re
+from pathlib import Path
+
+from helpers.characters import SessionMeta
+
+EVERYDAY = Path(__file__).parents[2] / "data" / "everyday"
+HELD_OUT_SHARE = 0.2
+# What the usual partner is called; anybody else is called by name.
+ADDRESSES = {
+    "苏梦远": "陆导",
+    "林黛玉": "二哥哥",
+    "孙悟空": "师父",
+    "诸葛亮": "主公",
+    "李白": "子美",
+    "阿九": "船长",
+    "陈阿婆": "囡囡",
+    "夏星野": "一鸣",
+    "白小狸": "书呆子",
+    "大黄": "铲屎的",
+}
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def held_out(value: str) -> bool:
+    """Whether a slot value, name or persona never occurs in training: a fixed fifth, chosen by hash."""
+    digest = hashlib.sha256(value.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+class Slots:
+    """Values for {food}, {place} ... : those of training, or those held out."""
+
+    def __init__(self, evaluation: bool = False, directory: Path = EVERYDAY):
+        values = json.loads((directory / "slots.json").read_text(encoding="utf-8"))
+        self.surnames, self.given = values.pop("surnames"), values.pop("given")
+        self.evaluation = evaluation
+        self.values = {slot: [v for v in every if held_out(v) == evaluation] for slot, every in values.items()}
+
+    def name(self, rng: random.Random) -> str:
+        """A name put together from a surname and one or two characters, so that it can only be copied."""
+        while True:
+            given = "".join(rng.choices(self.given, k=rng.choice((1, 2, 2))))
+            first = rng.choice(self.surnames) if rng.random() < 0.7 else rng.choice("小阿")
+            if rng.random() < 0.1:
+                first = ""
+                given = "".join(rng.choices(self.given, k=2))
+            if held_out(first + given) == self.evaluation:
+                return first + given
+
+    def draw(self, slot: str, rng: random.Random) -> str:
+        """A value; {food2} is a food as well."""
+        if slot == "name":
+            return self.name(rng)
+        if slot == "number":
+            return str(rng.randint(3, 99))
+        return rng.choice(self.values[slot.rstrip("2")])
+
+    def fill(self, text: str, chosen: dict[str, str], rng: random.Random) -> str:
+        """`text` with its slots replaced; values once chosen are kept in `chosen`."""
+
+        def value(match) -> str:
+            slot = match[1]
+            if slot not in chosen:
+                chosen[slot] = self.draw(slot, rng)
+                if slot == "food2" and chosen[slot] == chosen.get("food"):
+                    chosen[slot] = "一碗" + chosen[slot]
+            return chosen[slot]
+
+        return re.sub(r"\{(\w+)\}", value, text)
+
+
+def address(session: SessionMeta, partner: str | None) -> str:
+    """What the bot calls its user; `partner` is its usual one."""
+    if session.user_name == partner:
+        return ADDRESSES.get(session.bot_name, session.user_name)
+    return session.user_name
+
+
+class Deck:
+    """An endless supply of items: all of them in random order, and again."""
+
+    def __init__(self, items: list, rng: random.Random):
+        self.items, self.rng, self.left = items, rng, []
+
+    def draw(self):
+        if not self.left:
+            self.left = self.rng.sample(self.items, len(self.items))
+        return self.left.pop()
+
+
+class Everyday:
+    """Exchanges of everyday talk for every character and every voice."""
+
+    def __init__(self, rng: random.Random, slots: Slots, directory: Path = EVERYDAY):
+        self.rng, self.slots = rng, slots
+        self.lines = {row["intent"]: row["lines"] for row in read_rows(directory / "lines.jsonl")}
+        self.replies = {}
+        for file in [*sorted((directory / "replies").glob("*.jsonl")), directory / "voices.jsonl"]:
+            for row in read_rows(file) if file.exists() else []:
+                speaker = row.get("voice") or row["character"]
+                self.replies.setdefault(speaker, []).extend((row["intent"], text) for text in row["replies"])
+        self.line_decks = {intent: Deck(lines, rng) for intent, lines in self.lines.items()}
+        self.by_intent = {}
+        for speaker, replies in self.replies.items():
+            for intent, text in replies:
+                self.by_intent.setdefault((speaker, intent), []).append(text)
+        self.decks = {speaker: Deck(replies, rng) for speaker, replies in self.replies.items()}
+
+    def exchange(self, speaker: str, session: SessionMeta, partner: str | None, words: dict, facts: dict) -> list[str]:
+        """[line, reply] of the next intent of `speaker`, a character or a voice.
+
+        `words` fills slots of both; `facts`, those of a generated persona, only where the reply speaks of itself.
+        """
+        intent, reply = self.decks[speaker].draw()
+        user = session.user_name if intent == "name_me" else address(session, partner)
+        chosen = words | {"user": user}
+        line = self.slots.fill(self.line_decks[intent].draw(), chosen, self.rng)
+        reply = self.slots.fill(reply, facts | chosen, self.rng)
+        return [vary(line, session.bot_name, self.rng), reply]
+
+    def reply(self, speaker: str, intent: str, chosen: dict[str, str]) -> str:
+        """A reply of `speaker` to an intent, with the slots that the line has chosen; "" if there is none."""
+        replies = self.by_intent.get((speaker, intent))
+        return self.slots.fill(self.rng.choice(replies), chosen, self.rng) if replies else ""
+
+
+def vary(line: str, bot_name: str, rng: random.Random) -> str:
+    """Small changes that no meaning depends on: the last mark, a call in front, a slip of the finger."""
+    if rng.random() < 0.3 and len(line) > 2:
+        line = line.rstrip("。！？") if line[-1] in "。！？" else line + rng.choice("。！？" if line[-1] in "呢吗" else "。！")
+    if rng.random() < 0.06 and bot_name not in line and len(line) < 30:
+        line = f"{bot_name}，{line}"
+    if rng.random() < 0.08 and len(line) > 5:
+        position = rng.randrange(1, len(line) - 1)
+        line = line[:position] + line[position + 1 :]
+    return line

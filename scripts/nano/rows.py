@@ -1,0 +1,58 @@
+"""From conversations to rows of tokens of one length, and batches of them."""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from helpers.characters import SessionMeta
+from helpers.tokenization import NEWLINE_ID
+
+from .tokenizer import LineEncoder
+
+
+@dataclass
+class Row:
+    """Token ids of one prompt as it grows, and the positions whose next token is to be learnt."""
+
+    ids: list[int]
+    learnt: list[int] = field(default_factory=list)
+    exchanges: int = 0
+
+    @classmethod
+    def begin(cls, encoder: LineEncoder, session: SessionMeta) -> "Row":
+        """The persona lines, as the chat template writes them."""
+        bot, user = session.bot_name, session.user_name
+        row = cls([*encoder.first(f"以下是一段{bot}和{user}之间的对话。"), NEWLINE_ID])
+        for name, info in ((bot, session.bot_info), (user, session.user_info)):
+            if info:
+                row.ids += [*encoder.encode(f"关于{name}的信息：{info}"), NEWLINE_ID]
+        return row
+
+    def add(self, encoder: LineEncoder, session: SessionMeta, query: str, reply: str, limit: int) -> bool:
+        """Append an exchange if it fits; an empty query lets the character begin."""
+        asked = [*encoder.encode(f"[{session.user_name}]"), *encoder.encode(query), NEWLINE_ID] if query else []
+        name = encoder.encode(f"[{session.bot_name}]")
+        answer = [*encoder.encode(reply), NEWLINE_ID]
+        start = len(self.ids) + len(asked) + len(name)
+        if start + len(answer) > limit:
+            return False
+        self.ids += asked + name + answer
+        self.learnt += range(start - 1, start + len(answer) - 1)
+        self.exchanges += 1
+        return True
+
+
+def to_batch(rows: list[Row], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, positions to learn in the flattened batch); rows are filled up with 0 on the right."""
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    positions = []
+    for number, row in enumerate(rows):
+        ids[number, : len(row.ids)] = torch.tensor(row.ids)
+        positions += [number * length + position for position in row.learnt]
+    return ids, torch.tensor(positions)
+
+
+def shuffled(items: list, rng: random.Random) -> list:
+    """A shuffled copy."""
+    return rng.sample(items, len(items))
