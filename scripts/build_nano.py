@@ -109,7 +109,9 @@ def main(
     print(f"{training.model.num_parameters():,} parameters")
     log = training.run(tokens, min(decay, tokens // 2), on_log)
     seconds = {"training_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
-    write(training, work, {"parameters": training.model.num_parameters(), "tokens": training.read, **seconds, "log": log})
+    write(
+        training, work, {"parameters": training.model.num_parameters(), "tokens": training.read, **seconds, "log": log}
+    )
     output_dir.mkdir(exist_ok=True)
     for file in work.iterdir():
         shutil.move(str(file), output_dir / file.name)

@@ -104,7 +104,9 @@ def show(figures: dict) -> None:
     for name, value in figures.items():
         if isinstance(value, int | float):
             table.add_row(name, f"{value:.4g}")
-    talk = Table(Column("who", overflow="fold"), Column("says", overflow="fold"), title="scripted conversation; a greeting")
+    talk = Table(
+        Column("who", overflow="fold"), Column("says", overflow="fold"), title="scripted conversation; a greeting"
+    )
     for query, response in figures["scripted_conversation"]:
         talk.add_row(query, response)
     for name, response in figures["greetings"].items():

@@ -118,7 +118,9 @@ class Composer:
     def _words(self, session: SessionMeta) -> dict[str, str]:
         return {"bot": session.bot_name, "user": session.user_name, "self": "我"}
 
-    def _talk(self, session, speaker: str, partner: str | None, words: dict, facts: dict | None = None) -> Iterator[list[str]]:
+    def _talk(
+        self, session, speaker: str, partner: str | None, words: dict, facts: dict | None = None
+    ) -> Iterator[list[str]]:
         """Everyday exchanges; now and then the user says something and asks for it one to four turns later."""
         rng, known, due = self.rng, {}, {}
         everything = (facts or {}) | words

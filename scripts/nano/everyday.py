@@ -137,7 +137,11 @@ class Everyday:
 def vary(line: str, bot_name: str, rng: random.Random) -> str:
     """Small changes that no meaning depends on: the last mark, a call in front, a slip of the finger."""
     if rng.random() < 0.3 and len(line) > 2:
-        line = line.rstrip("。！？") if line[-1] in "。！？" else line + rng.choice("。！？" if line[-1] in "呢吗" else "。！")
+        line = (
+            line.rstrip("。！？")
+            if line[-1] in "。！？"
+            else line + rng.choice("。！？" if line[-1] in "呢吗" else "。！")
+        )
     if rng.random() < 0.06 and bot_name not in line and len(line) < 30:
         line = f"{bot_name}，{line}"
     if rng.random() < 0.08 and len(line) > 5:

@@ -46,5 +46,13 @@ def memory_lookups(model, tokenizer, seed: int, count: int = 60) -> list[dict]:
         question, _ = memory.question(card.bot_name, kind, value, words)
         known, history = helpers.chat(model, tokenizer, session, question, history, **GREEDY)
         unknown, _ = helpers.chat(model, tokenizer, session, question, **GREEDY)
-        results.append({"value": value, "history": history, "with_history": value in known, "alone": value in unknown, "cut": unknown})
+        results.append(
+            {
+                "value": value,
+                "history": history,
+                "with_history": value in known,
+                "alone": value in unknown,
+                "cut": unknown,
+            }
+        )
     return results

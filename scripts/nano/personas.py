@@ -68,7 +68,9 @@ class Personas:
         if self.rng.random() < 0.4:
             return self.slots.draw("job", self.rng)
         verb = self.rng.choice(list(self.parts["trade_verbs"]))
-        return verb + self.rng.choice(self.parts["trade_verbs"][verb]) + "的" + self.rng.choice(self.parts["trade_tails"])
+        return (
+            verb + self.rng.choice(self.parts["trade_verbs"][verb]) + "的" + self.rng.choice(self.parts["trade_tails"])
+        )
 
     def _place(self) -> str:
         if self.rng.random() < 0.2:
@@ -89,5 +91,10 @@ class Personas:
     def _user_info(self, session: SessionMeta) -> str:
         rng, parts = self.rng, self.parts
         facts = {"name": session.user_name, "bot": session.bot_name, "relation": rng.choice(parts["relations"])}
-        facts |= {"trait": rng.choice(parts["traits"]), "job": self._job(), "place": self._place(), "like": self._like()}
+        facts |= {
+            "trait": rng.choice(parts["traits"]),
+            "job": self._job(),
+            "place": self._place(),
+            "like": self._like(),
+        }
         return self._fill(rng.choice(parts["user_infos"]), facts)

@@ -38,7 +38,9 @@ def duets(model, tokenizer, seed: int, lines: int = 6) -> list[dict]:
         first, second = cards[number % 14], cards[(number * 3 + 5) % 14]
         talk = converse(model, tokenizer, first, second, topic, turns=lines, seed=seed, max_new_tokens=60)
         said = talk.lines[1:]  # the first line is the topic
-        talks.append({"names": [first.bot_name, second.bot_name], "ended": talk.ended, "lines": [list(line) for line in said]})
+        talks.append(
+            {"names": [first.bot_name, second.bot_name], "ended": talk.ended, "lines": [list(line) for line in said]}
+        )
         talks[-1]["wrong"] = [wrong_voice(name, text) for name, text in said]
     return talks
 
@@ -47,6 +49,8 @@ def self_reference(model, tokenizer, lines: list[str]) -> dict[str, float]:
     """For each character with own words: the share of replies to `lines`, said by another character, that show them."""
     cards, shares = load_characters(), {}
     for name, pattern in OWN_WORDS.items():
-        replies = [helpers.chat(model, tokenizer, cards[name], line, do_sample=False, max_new_tokens=60)[0] for line in lines]
+        replies = [
+            helpers.chat(model, tokenizer, cards[name], line, do_sample=False, max_new_tokens=60)[0] for line in lines
+        ]
         shares[name] = sum(bool(re.search(pattern, reply)) for reply in replies) / len(replies)
     return shares

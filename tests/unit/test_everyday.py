@@ -1,0 +1,134 @@
+"""data/everyday and the rows that training makes of it: complete, without duplicates, and without the test's answers."""
+
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+from nano.compose import Composer
+from nano.everyday import EVERYDAY, Slots, held_out, read_rows
+from nano.lookups import QUESTIONS
+from nano.personas import Personas
+from nano.rows import Row
+from nano.tokenizer import LineEncoder
+
+import helpers
+from helpers.dialogues import load_dialogues
+from helpers.loading import NANO_DIR
+
+SLOT = re.compile(r"\{(\w+)\}")
+PERSONA_SLOTS = {"bot", "user", "self", "job", "place_bot", "like", "habit", "trait"}
+LINES = {row["intent"]: row["lines"] for row in read_rows(EVERYDAY / "lines.jsonl")}
+REPLIES = [row for file in sorted((EVERYDAY / "replies").glob("*.jsonl")) for row in read_rows(file)]
+VOICES = read_rows(EVERYDAY / "voices.jsonl")
+DUETS = read_rows(EVERYDAY / "duets.jsonl")
+
+
+def plain(text: str) -> str:
+    """Without punctuation, spaces and slots."""
+    return re.sub(r"\{\w+\}|\W|_", "", text)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return helpers.load("nano")[1]
+
+
+@pytest.fixture(scope="module")
+def composer(tokenizer) -> Composer:
+    dialogues = [dialogue for dialogue in load_dialogues() if not dialogue.held_out]
+    return Composer(LineEncoder(tokenizer), dialogues, random.Random(0))
+
+
+def test_every_character_and_voice_answers_every_intent():
+    answered = Counter(row.get("character") or row["voice"] for row in REPLIES + VOICES)
+    assert len(answered) == 14 + 6 and set(answered.values()) == {len(LINES)} == {297}
+    assert {row["intent"] for row in REPLIES + VOICES} == set(LINES)
+    assert {row["character"] for row in REPLIES} == set(helpers.load_characters())
+
+
+def test_no_line_belongs_to_two_intents_and_no_reply_stands_twice():
+    lines = Counter(line.rstrip("。！？!?") or line for lines in LINES.values() for line in lines)
+    assert [line for line, number in lines.items() if number > 1] == []
+    replies = Counter((row.get("character") or row["voice"], t) for row in REPLIES + VOICES for t in row["replies"])
+    assert [reply for reply, number in replies.items() if number > 1] == []
+
+
+def test_lines_and_replies_have_a_sensible_length():
+    assert all(
+        1 <= len(line) <= (130 if intent == "long_line" else 60) for intent, lines in LINES.items() for line in lines
+    )
+    assert all(8 <= len(reply) <= 45 for row in REPLIES + VOICES for reply in row["replies"])
+    assert all(6 <= len(line) <= 45 for row in DUETS for line in row["lines"])
+
+
+def test_slots_of_a_reply_are_in_every_line_of_its_intent():
+    for row in REPLIES + VOICES:
+        allowed = PERSONA_SLOTS if "voice" in row else {"bot", "user"}
+        needed = {slot for reply in row["replies"] for slot in SLOT.findall(reply)} - allowed
+        assert all(needed <= set(SLOT.findall(line)) for line in LINES[row["intent"]]), row["intent"]
+
+
+def test_every_pair_of_characters_has_two_duets_of_eight_lines():
+    pairs = Counter(frozenset((row["a"], row["b"])) for row in DUETS)
+    assert len(pairs) == 14 * 13 // 2 and set(pairs.values()) == {2}
+    assert {len(row["lines"]) for row in DUETS} == {8}
+    assert all(row["a"] != row["b"] and {row["a"], row["b"]} <= set(helpers.load_characters()) for row in DUETS)
+
+
+def test_nothing_of_the_lora_set_is_in_training():
+    lora = [
+        json.loads(line)
+        for line in (EVERYDAY.parent / "lora" / "lu_zhishen.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    texts = {text for row in REPLIES + VOICES for text in row["replies"]} | {t for row in DUETS for t in row["lines"]}
+    assert not texts & {row["output"] for row in lora}
+    everything = "".join(file.read_text(encoding="utf-8") for file in EVERYDAY.rglob("*.json*"))
+    assert not re.search("鲁智深|洒家|林冲", everything)
+
+
+def test_no_test_line_is_in_training():
+    known = {plain(line) for lines in LINES.values() for line in lines}
+    known |= {plain(query) for dialogue in load_dialogues() for query, _ in dialogue.history if query}
+    for name in ("parts.json", "memory.json"):
+        known |= {plain(text) for text in re.findall(r'"([^"]+)"', (EVERYDAY / name).read_text(encoding="utf-8"))}
+    leaked = [row["line"] for row in read_rows(NANO_DIR / "test_lines.jsonl") if plain(row["line"]) in known]
+    assert leaked == []
+
+
+def test_held_out_values_never_occur_in_training_rows(composer, tokenizer):
+    texts = [tokenizer.decode(row.ids) for row in (composer.persona_row(512) for _ in range(60))]
+    names = set(re.findall(r"以下是一段(.+)和(.+)之间的对话", "\n".join(texts)))
+    assert len(names) == 60 and not any(held_out(name) for pair in names for name in pair)
+    unseen, seen = Slots(evaluation=True), Slots()
+    assert all(not set(unseen.values[slot]) & set(seen.values[slot]) for slot in seen.values)
+    assert all(len(unseen.values[slot]) >= 8 for slot in unseen.values)
+
+
+def test_evaluation_personas_state_the_facts_that_are_asked_for():
+    personas = Personas(random.Random(3), Slots(evaluation=True), {"": ""})
+    for persona in (personas.draw() for _ in range(40)):
+        assert all(held_out(persona.facts[topic]) for topic in QUESTIONS)
+        assert all(persona.facts[topic] in persona.session.bot_info for topic in QUESTIONS)
+
+
+def test_a_row_is_token_for_token_the_prompt_of_inference(tokenizer):
+    encoder = LineEncoder(tokenizer)
+    for dialogue in load_dialogues()[::50]:
+        row = Row.begin(encoder, dialogue.card)
+        assert all(row.add(encoder, dialogue.card, query, reply, 2048) for query, reply in dialogue.history)
+        expected = tokenizer.apply_chat_template(
+            dialogue.messages, session_meta=dialogue.card, return_assistant_tokens_mask=True
+        )
+        assert row.ids == expected["input_ids"]
+        assert [position + 1 for position in row.learnt] == [i for i, m in enumerate(expected["assistant_masks"]) if m]
+
+
+def test_rows_fit_their_length_and_are_the_same_for_the_same_seed(composer, tokenizer):
+    ids, positions = next(composer.batches())
+    assert ids.numel() == 6144 and 0.2 < len(positions) / ids.numel() < 0.7
+    assert (ids.flatten()[positions + 1] != 0).all()
+    dialogues = [dialogue for dialogue in load_dialogues() if not dialogue.held_out]
+    again = [next(Composer(LineEncoder(tokenizer), dialogues, random.Random(7)).batches())[0] for _ in range(2)]
+    assert again[0].equal(again[1])
