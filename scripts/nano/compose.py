@@ -16,7 +16,7 @@ from .tokenizer import LineEncoder
 
 TOKENS_PER_BATCH = 6144
 LENGTHS = {512: 0.80, 256: 0.18, 1024: 0.02}  # of the rows of a batch, with the share of the batches
-KINDS = {"character": 0.74, "persona": 0.18, "duet": 0.08}  # of a row
+KINDS = {"character": 0.79, "persona": 0.15, "duet": 0.06}  # of a row
 MANNERS = {
     "warm": "说话温柔。",
     "lively": "说话活泼。",
@@ -130,11 +130,11 @@ class Composer:
                 yield self.memory.question(speaker, kind, known[kind], everything)
             draw = rng.random()
             kind = rng.choice(list(self.memory.kinds))
-            if draw < 0.07:
+            if draw < 0.055:
                 exchange, known[kind] = self.memory.statement(speaker, kind, everything)
                 due[kind] = turn + rng.randint(1, 4)
                 yield exchange
-            elif draw < 0.085 and kind not in known and kind != "name":
+            elif draw < 0.07 and kind not in known and kind != "name":
                 yield self.memory.question(speaker, kind, "", everything)
             else:
                 yield self.everyday.exchange(speaker, session, partner, words, facts or {})

@@ -108,7 +108,9 @@ class Everyday:
         for file in [*sorted((directory / "replies").glob("*.jsonl")), directory / "voices.jsonl"]:
             for row in read_rows(file) if file.exists() else []:
                 speaker = row.get("voice") or row["character"]
-                self.replies.setdefault(speaker, []).extend((row["intent"], text) for text in row["replies"])
+                # The first reply counts twice: of two equally likely ones a small model makes a mixture.
+                texts = [row["replies"][0], *row["replies"]]
+                self.replies.setdefault(speaker, []).extend((row["intent"], text) for text in texts)
         self.line_decks = {intent: Deck(lines, rng) for intent, lines in self.lines.items()}
         self.by_intent = {}
         for speaker, replies in self.replies.items():
