@@ -1,18 +1,15 @@
-"""Measure what CharacterGLM-Nano can do, as far as a program can; the figures in its model card come from here.
+"""Measure what CharacterGLM-Nano can do; the figures in its model card come from here.
 
-python scripts/evaluate_nano.py             # a few minutes; --json FILE keeps the figures
+python scripts/evaluate_nano.py             # about a minute; --json FILE keeps the figures
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from nano.everyday import EVERYDAY, read_rows
-from nano.lookups import memory_lookups, persona_lookups
-from nano.voices import duets
+from build_nano import reply_perplexity, unigram_perplexity
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -24,6 +21,12 @@ GREETING = "你好，最近怎么样？"
 MAX_TOKENS = 80
 
 
+def split_dialogues():
+    """(training, held-out) dialogues."""
+    dialogues = load_dialogues()
+    return [d for d in dialogues if not d.held_out], [d for d in dialogues if d.held_out]
+
+
 def scripted_conversation(model, tokenizer, seed: int) -> list[list[str]]:
     """The three questions of notebook 01, as one conversation with 苏梦远."""
     card, history = helpers.get_character("苏梦远"), []
@@ -32,69 +35,43 @@ def scripted_conversation(model, tokenizer, seed: int) -> list[list[str]]:
     return history
 
 
-def greet_characters(model, tokenizer, seed: int) -> dict[str, str]:
-    """What every character answers to one and the same greeting."""
-    cards = helpers.load_characters().values()
+def greet_characters(model, tokenizer, seed: int, count: int = 8) -> dict[str, str]:
+    """What `count` characters answer to one and the same greeting."""
+    cards = list(helpers.load_characters().values())[:count]
     return {c.bot_name: helpers.chat(model, tokenizer, c, GREETING, seed=seed, max_new_tokens=128)[0] for c in cards}
 
 
-def held_out_prompts(count: int = 100) -> list[tuple]:
+def held_out_prompts(held_out, count: int = 100) -> list[tuple]:
     """(card, history so far, query) of `count` held-out user lines, spread evenly over all of them."""
-    held_out = [d for d in load_dialogues() if d.held_out]
     lines = [(d.card, d.history[:turn], query) for d in held_out for turn, (query, _) in enumerate(d.history) if query]
     return [lines[position * len(lines) // count] for position in range(count)]
 
 
-def reply_endings(model, tokenizer, prompts, seed: int) -> list[dict]:
-    """Reply, whether it is not empty and ended by itself within 80 tokens, and its speed, at default sampling."""
+def reply_endings(model, tokenizer, prompts, seed: int) -> list[tuple[str, bool]]:
+    """(reply, whether it is not empty and ended by itself within 80 tokens) for each prompt, at default sampling."""
     endings = []
     for card, history, query in prompts:
         session = helpers.ChatSession(model, tokenizer, helpers.SessionMeta(**card.model_dump()))
         session.history = [list(entry) for entry in history]
         reply = session.send(query, seed=seed, max_new_tokens=MAX_TOKENS)
-        ended = bool(reply) and session.statistics["ended_by_itself"]
-        endings.append({"reply": reply, "ended": ended, "speed": session.statistics["tokens_per_second"]})
+        endings.append((reply, bool(reply) and session.statistics["ended_by_itself"]))
     return endings
 
 
-def training_replies() -> tuple[set[str], re.Pattern]:
-    """Every reply of the training data: those without slots, and one pattern for all with slots."""
-    replies = {reply for d in load_dialogues() if not d.held_out for _, reply in d.history}
-    for file in [*(EVERYDAY / "replies").glob("*.jsonl"), EVERYDAY / "voices.jsonl"]:
-        replies.update(text for row in read_rows(file) for text in row["replies"])
-    replies.update(line for row in read_rows(EVERYDAY / "duets.jsonl") for line in row["lines"])
-    slotted = ["".join(re.sub(r"\\{\w+\\}", ".{1,12}", re.escape(text))) for text in replies if "{" in text]
-    return replies, re.compile("|".join(slotted))
-
-
-def verbatim_share(replies: list[str]) -> float:
-    """The share of `replies` that stand word for word in the training data, slots apart."""
-    known, slotted = training_replies()
-    return sum(reply in known or bool(slotted.fullmatch(reply)) for reply in replies) / len(replies)
-
-
 def evaluate(model, tokenizer, seed: int = 0) -> dict:
-    """All figures of the model card, and the replies behind them."""
-    endings = reply_endings(model, tokenizer, held_out_prompts(), seed)
+    """All figures of the model card."""
+    train_set, held_out = split_dialogues()
+    endings = reply_endings(model, tokenizer, held_out_prompts(held_out), seed)
     greetings = greet_characters(model, tokenizer, seed)
-    personas = persona_lookups(model, tokenizer, seed)
-    memories = memory_lookups(model, tokenizer, seed)
-    talks = duets(model, tokenizer, seed)
-    said = [wrong for talk in talks for wrong in talk["wrong"]]
     return {
-        "ended_by_itself": sum(row["ended"] for row in endings),
+        "held_out_perplexity": reply_perplexity(model, held_out, tokenizer),
+        "unigram_perplexity": unigram_perplexity(train_set, held_out, tokenizer),
+        "ended_by_itself": sum(ended for _, ended in endings),
         "held_out_lines": len(endings),
-        "verbatim_share": verbatim_share([row["reply"] for row in endings]),
-        "tokens_per_second": sorted(row["speed"] for row in endings)[len(endings) // 2],
         "distinct_greetings": len(set(greetings.values())),
-        **{f"persona_{topic}": sum(row[0] for row in rows) / len(rows) for topic, rows in personas.items()},
-        "memory_with_history": sum(row["with_history"] for row in memories) / len(memories),
-        "memory_without_history": sum(row["alone"] for row in memories) / len(memories),
-        "duet_lines": len(said),
-        "duet_right_voice": said.count("") / len(said),
+        "greeted_characters": len(greetings),
         "greetings": greetings,
         "scripted_conversation": scripted_conversation(model, tokenizer, seed),
-        "details": {"personas": personas, "memories": memories, "duets": talks},
     }
 
 
@@ -105,7 +82,9 @@ def show(figures: dict) -> None:
         if isinstance(value, int | float):
             table.add_row(name, f"{value:.4g}")
     talk = Table(
-        Column("who", overflow="fold"), Column("says", overflow="fold"), title="scripted conversation; a greeting"
+        Column("who", overflow="fold"),
+        Column("says", overflow="fold"),
+        title="scripted conversation; one greeting, eight characters",
     )
     for query, response in figures["scripted_conversation"]:
         talk.add_row(query, response)
@@ -119,16 +98,13 @@ def main(
     seed: int = 0,
     threads: int = 2,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
-    details: Annotated[Path | None, typer.Option(help="keep every question and reply here")] = None,
 ) -> None:
     """Load a model, measure it, print the figures."""
     torch.set_num_threads(threads)
     figures = evaluate(*helpers.load(model), seed=seed)
     show(figures)
-    behind = figures.pop("details")
-    for file, content in ((json_file, figures), (details, behind)):
-        if file:
-            file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    if json_file:
+        json_file.write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""Build CharacterGLM-Nano: train its tokenizer and its weights from `data/dialogues/` and `data/everyday/`.
+
+    python scripts/build_nano.py                # writes data/nano; its model card says how long that takes
+    python scripts/build_nano.py --tokens 300000 --output-dir /tmp/nano    # a quick trial
+
+Nano is a teaching stand-in for CharacterGLM-6B: the same architecture, file layout and prompt, a thousandth of the
+size. It is to know its lines by heart, so it is trained until it fits them.
+"""
+
+import json
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from nano.compose import Composer
+from nano.everyday import EVERYDAY, read_rows
+from nano.model import new_model
+from nano.tokenizer import LineEncoder, train_tokenizer
+from nano.training import Training
+from original_layout import write_original_layout
+from transformers import AutoTokenizer, GenerationConfig
+
+from helpers import load_characters
+from helpers.dialogues import load_dialogues
+from helpers.generation import STOP_IDS
+from helpers.loading import NANO_DIR
+
+TOKENS = 12_000_000
+DECAY = 5_000_000  # of these, at a falling learning rate
+SAVE_EVERY = 1_000_000
+SAMPLING = {"do_sample": True, "temperature": 0.35, "top_p": 0.9, "top_k": 100, "repetition_penalty": 1.0}
+
+
+def training_dialogues() -> list:
+    """The nine tenths of data/dialogues that are not held out."""
+    return [dialogue for dialogue in load_dialogues() if not dialogue.held_out]
+
+
+def training_texts() -> list[str]:
+    """Every text that training can show, without slots."""
+    texts = [text for d in training_dialogues() for entry in d.history for text in entry if text]
+    for card in load_characters().values():
+        texts += [text for text in (card.bot_name, card.user_name, card.bot_info, card.user_info) for _ in range(20)]
+    for file in sorted(EVERYDAY.rglob("*.jsonl")):
+        texts += [text for row in read_rows(file) for key in ("lines", "replies") for text in row.get(key, [])]
+    for file in sorted(EVERYDAY.glob("*.json")):
+        texts += strings(json.loads(file.read_text(encoding="utf-8")))
+    return [re.sub(r"\{\w+\}", "", text) for text in texts]
+
+
+def strings(value) -> list[str]:
+    """All strings inside a JSON value, keys of objects left out."""
+    if isinstance(value, str):
+        return [value]
+    return [text for item in (value.values() if isinstance(value, dict) else value) for text in strings(item)]
+
+
+def prepare(work: Path, seed: int) -> tuple[Training, AutoTokenizer]:
+    """A fresh tokenizer in `work`, and a fresh model with the stream of its training rows."""
+    torch.manual_seed(seed)
+    train_tokenizer(training_texts(), work)
+    (work / "config.json").write_text('{"model_type": "chatglm"}')
+    tokenizer = AutoTokenizer.from_pretrained(work)
+    composer = Composer(LineEncoder(tokenizer), training_dialogues(), random.Random(seed))
+    return Training(new_model(tokenizer), composer.batches()), tokenizer
+
+
+def write(training: Training, work: Path, log: dict) -> None:
+    """Weights, settings and log, in CharacterGLM's original layout."""
+    model = training.model
+    tied = model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(tied.detach().clone())  # two matrices again
+    write_original_layout(model, work)
+    model.lm_head.weight = tied
+    GenerationConfig(**SAMPLING, max_new_tokens=512, eos_token_id=STOP_IDS, pad_token_id=0).save_pretrained(work)
+    (work / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def main(
+    output_dir: Path = NANO_DIR,
+    tokens: int = TOKENS,
+    decay: int = DECAY,
+    seed: int = 0,
+    threads: int = 2,
+    checkpoints: Annotated[Path | None, typer.Option(help="keep the state of the training here, on the way")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on from such a state")] = None,
+) -> None:
+    """Train tokenizer and model and write them in CharacterGLM's original layout."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    torch.set_num_threads(threads)
+    work = output_dir.with_name(output_dir.name + ".partial")  # data/nano stays usable until the new one is complete
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    training, _ = prepare(work, seed)
+    if resume:
+        training.restore(resume)
+
+    def on_log(line: dict) -> None:
+        print(" ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
+        if checkpoints and line["tokens"] // SAVE_EVERY > (line["tokens"] - 160_000) // SAVE_EVERY:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            training.save(checkpoints / f"{line['tokens'] // SAVE_EVERY}.pt")
+
+    print(f"{training.model.num_parameters():,} parameters")
+    log = training.run(tokens, min(decay, tokens // 2), on_log)
+    seconds = {"training_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    write(
+        training, work, {"parameters": training.model.num_parameters(), "tokens": training.read, **seconds, "log": log}
+    )
+    output_dir.mkdir(exist_ok=True)
+    for file in work.iterdir():
+        shutil.move(str(file), output_dir / file.name)
+    work.rmdir()
+
+
+if __name__ == "__main__":
+    typer.run(main)
