@@ -26,7 +26,7 @@ from support.report import JsonFile, Quick, publish
 from transformers import AutoTokenizer
 
 import helpers
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
 from helpers.network import free_port
 from helpers.serving import Server
 from helpers.serving.load import ask_all

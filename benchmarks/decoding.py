@@ -25,12 +25,12 @@ from support.report import publish
 from transformers.generation import BaseStreamer
 
 import helpers
-from helpers.chat import encode_prompt
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
+from helpers.chat.fitting import encode_prompt
+from helpers.chat.generation import NEUTRAL
 from helpers.finetune import encode_samples, perplexity
-from helpers.generation import NEUTRAL
-from helpers.kv_cache import new_cache
-from helpers.loading import NANO_DIR
+from helpers.model.kv_cache import new_cache
+from helpers.model.loading import NANO_DIR
 
 LOADED = {"plain": {}, "int8": {"quantization": "int8"}, "nf4": {"quantization": "nf4"}, "compiled": {"compile": True}}
 

@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 
 import helpers
-from helpers.estimate import LORA_TARGETS
-from helpers.modeling import CharacterGLMConfig
+from helpers.inspect.estimate import LORA_TARGETS
+from helpers.model.modeling import CharacterGLMConfig
 
 TOLERANCE = 0.10
 PAGES_PER_TENSOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}

@@ -30,7 +30,7 @@ from support.random_model import random_model
 from support.report import JsonFile, Quick, publish
 
 import helpers
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
 from helpers.serving import Server
 from helpers.serving.load import ask_all, health_delays, percentile_99
 

@@ -14,24 +14,19 @@ def _is_command() -> bool:
 
 
 if not _is_command():  # a command imports what it needs by itself: --help does not wait for torch
-    from .characters import (
-        CharacterCard,
-        SessionMeta,
-        export_card_png,
-        export_card_v2,
-        get_character,
-        import_card_v2,
-        load_characters,
-    )
-    from .chat import ChatSession, ContextWarning, chat, stream_chat
-    from .display import prompt_xray
-    from .doctor import memory, preflight
-    from .download import download_model
+    from .characters.cards import export_card_png, export_card_v2, import_card_v2
+    from .characters.personas import CharacterCard, SessionMeta, get_character, load_characters
+    from .chat.chat import chat, stream_chat
+    from .chat.fitting import ContextWarning
+    from .chat.session import ChatSession
     from .errors import HelpersError
-    from .estimate import Estimate, estimate
-    from .export import export_model
-    from .loading import LoadChoice, choose, load, pick_model, resolve_model
-    from .receipt import write_receipt
+    from .export.plain import export_model
+    from .inspect.estimate import Estimate, estimate
+    from .inspect.preflight import memory, preflight
+    from .inspect.receipt import write_receipt
+    from .inspect.xray import prompt_xray
+    from .model.download import download_model
+    from .model.loading import LoadChoice, choose, load, pick_model, resolve_model
 
 __version__ = "0.1.0"
 

@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 from tqdm.auto import tqdm
 
-from helpers.download import require_disk_space
-from helpers.loading import NANO_DIR
-from helpers.modeling import CharacterGLMConfig, expected_shapes
+from helpers.model.loading import NANO_DIR
+from helpers.model.modeling import CharacterGLMConfig, expected_shapes
+from helpers.paths import MARGIN_BYTES, check_disk_space
 
 FIRST_SHARD = 0.8  # of the bytes: about 10 GB of 12.5 GB, as in the original
 STANDARD_DEVIATION = 0.02
@@ -47,9 +47,8 @@ def write_random_checkpoint(directory: Path, config, *, dtype: torch.dtype = tor
     """
     directory.mkdir(parents=True, exist_ok=True)
     shards = split(original_shapes(config), dtype)
-    require_disk_space(
-        directory, {file: sum(map(math.prod, shard.values())) * dtype.itemsize for file, shard in shards}
-    )
+    size = sum(sum(map(math.prod, shard.values())) * dtype.itemsize for _, shard in shards)
+    check_disk_space(directory, size + MARGIN_BYTES)
     torch.manual_seed(seed)
     for file, shapes in shards:
         write_shard(directory / file, shapes, dtype)

@@ -4,7 +4,7 @@ import base64
 import html
 import mimetypes
 
-from ..characters import SessionMeta
+from ..characters.personas import SessionMeta
 
 # JupyterLab's variables carry its theme; the second colour of each is for pages without them (GitHub, nbviewer).
 STYLE = """<style>

@@ -1,7 +1,7 @@
 """One person's conversations: one with each character, and those opened from files. Showing another loses none."""
 
-from ..characters import CharacterCard, load_characters
-from ..chat import ChatSession
+from ..characters.personas import CharacterCard, load_characters
+from ..chat.session import ChatSession
 from ..errors import CharacterError
 from .files import open_file
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..characters import CharacterCard, SessionMeta, as_session_meta
-from ..chat import ChatSession
+from ..characters.personas import CharacterCard, SessionMeta, as_session_meta
+from ..chat.session import ChatSession
 from ..errors import ChatError
 
 GOODBYE = re.compile(r"再见|再会|拜拜|告辞|后会有期|晚安|goodbye|bye-bye", re.IGNORECASE)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import ipywidgets as widgets
 
-from ..characters import CharacterCard, SessionMeta, as_session_meta
-from ..generation import GenerationParameters
+from ..characters.personas import CharacterCard, SessionMeta, as_session_meta
+from ..chat.generation import GenerationParameters
 from .controls import SLIDERS
 
 WIDE = {"description_width": "130px"}

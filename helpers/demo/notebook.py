@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import ipywidgets as widgets
 
-from ..characters import CharacterCard
-from ..chat import ChatSession, context_length
+from ..characters.personas import CharacterCard
+from ..chat.fitting import context_length
+from ..chat.session import ChatSession
 from ..errors import BusyError
 from .bubbles import STYLE, bubbles
 from .controls import DOUBLE_CLICK_SECONDS

@@ -1,6 +1,6 @@
 """What every face says below the conversation: how full the context is, how fast the last reply was, what went wrong."""
 
-from ..chat import ChatSession
+from ..chat.session import ChatSession
 from ..errors import HelpersError
 
 BUSY = "正在生成回复 [busy]：请等它结束，或按“停止”"

@@ -12,11 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ..characters import MAX_FILE_BYTES, as_session_meta, get_character
-from ..chat import ChatSession, ContextWarning
+from ..characters.personas import MAX_FILE_BYTES, as_session_meta, get_character
+from ..chat.fitting import ContextWarning
+from ..chat.generation import GenerationParameters
+from ..chat.session import ChatSession
 from ..errors import ChatError
-from ..generation import GenerationParameters
-from ..loading import load
+from ..model.loading import load
 from .conversations import Conversations, change_persona
 from .files import exported_file
 from .status import error_text, meter_text

@@ -2,7 +2,7 @@
 
 import ipywidgets as widgets
 
-from ..chat import ChatSession
+from ..chat.session import ChatSession
 from .bubbles import STYLE, bubbles, download_link, notice
 from .forms import EditForm, ParameterSliders, PersonaForm, button, row
 from .status import meter_text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..chat import ChatSession
+from ..chat.session import ChatSession
 from ..errors import BusyError
 from .conversations import Conversations
 from .status import BUSY, error_text

@@ -17,10 +17,11 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from ..characters import MAX_FILE_BYTES, CharacterCard, as_session_meta
-from ..chat import ChatSession, context_length
+from ..characters.personas import MAX_FILE_BYTES, CharacterCard, as_session_meta
+from ..chat.fitting import context_length
+from ..chat.session import ChatSession
 from ..errors import ChatError, HelpersError
-from ..loading import load
+from ..model.loading import load
 from ..network import DEFAULT_PORT, is_loopback, listen
 from .controls import DOUBLE_CLICK_SECONDS
 from .conversations import Conversations, change_persona

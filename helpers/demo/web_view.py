@@ -6,8 +6,8 @@ sanitiser lets through still makes the browser fetch pictures.
 
 import gradio as gr
 
-from ..chat import ChatSession
-from ..generation import GenerationParameters
+from ..chat.generation import GenerationParameters
+from ..chat.session import ChatSession
 from .bubbles import STYLE, bubbles, download_link, notice
 from .controls import SLIDERS
 from .status import meter_text

@@ -6,11 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..checkpoint import read_json, verify_weight_file
-from ..download import free_bytes
 from ..errors import CheckpointError, FinetuneError
-from ..loading import ADAPTER_RECORD, adapter_file
-from ..receipt import write_json
+from ..model.adapters import ADAPTER_RECORD, adapter_file
+from ..model.checkpoint import read_json, verify_weight_file
+from ..paths import free_bytes, write_json
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 RUN_FILES = (ADAPTER_RECORD, "adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin")

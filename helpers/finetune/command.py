@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import set_seed
 
 from ..errors import FinetuneError
-from ..loading import load
-from ..receipt import PROJECT_DIR
+from ..model.loading import load
+from ..paths import PROJECT_DIR
 from .data import load_samples, read_card, replay_dialogues, split_samples
 from .encoding import describe_lengths, encode_samples
 from .evaluation import perplexity_before_and_after

@@ -10,16 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
-from ..characters import (
+from ..characters.cards import import_card_v2
+from ..characters.dialogues import Dialogue, load_dialogues
+from ..characters.personas import (
     SessionMeta,
     Unicode,
     as_session_meta,
     field_problems,
-    import_card_v2,
     load_characters,
     read_json_object,
 )
-from ..dialogues import Dialogue, load_dialogues
 from ..errors import CharacterError, DataError
 
 CAUSES = {

@@ -5,10 +5,10 @@ import statistics
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..chat import fit_history
-from ..dialogues import Dialogue
+from ..characters.dialogues import Dialogue
+from ..chat.fitting import fit_history
 from ..errors import DataError
-from ..kv_cache import common_prefix_length
+from ..model.kv_cache import common_prefix_length
 from .data import BadRow, DataReport
 
 IGNORED = -100  # the label that the loss leaves out, in torch and transformers

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..chat import chat
-from ..dialogues import Dialogue, load_dialogues
+from ..characters.dialogues import Dialogue, load_dialogues
+from ..chat.chat import chat
 from .encoding import IGNORED, collate, encode_samples, pad
 
 ASSISTANT_TALK = ("语言模型", "人工智能助手", "AI助手", "作为一个AI")

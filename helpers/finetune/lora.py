@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model, inject_adapter_in_model, prepare_model_for_kbit_training
 
 from ..errors import FinetuneError
-from ..modeling import CharacterGLMConfig, CharacterGLMForCausalLM
+from ..model.modeling import CharacterGLMConfig, CharacterGLMForCausalLM
 
 # The original code has one fused query_key_value; here it is three layers, each with an A and a B of its own.
 LORA_TARGETS = {

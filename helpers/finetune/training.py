@@ -12,10 +12,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_in_notebook
 
-from ..characters import as_session_meta
+from ..characters.personas import as_session_meta
 from ..errors import FinetuneError
-from ..loading import ADAPTER_CARD, ADAPTER_RECORD, base_fingerprint
-from ..receipt import write_json
+from ..model.adapters import ADAPTER_CARD, ADAPTER_RECORD, base_fingerprint
+from ..paths import write_json
 from .checkpoints import bytes_needed, last_complete_checkpoint, open_run
 from .encoding import IGNORED, collate, pad
 from .evaluation import summed_loss

@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from ..characters import field_problems
+from ..characters.personas import field_problems
 from ..errors import EngineError, HelpersError, OverloadError
 from .exchange import Exchange
 from .limits import RequestLimits, error_body

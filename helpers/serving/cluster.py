@@ -18,8 +18,8 @@ import torch
 from transformers import AutoTokenizer
 
 from ..errors import HelpersError
-from ..loading import resolve_model
-from ..receipt import PROJECT_DIR
+from ..model.loading import resolve_model
+from ..paths import PROJECT_DIR
 from .engine import QUEUE_SIZE, SLOTS
 from .service import Service
 

@@ -17,9 +17,9 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import drain_queue
 from transformers.utils import is_flash_attn_2_available
 
+from ..chat.generation import STOP_IDS, GenerationParameters
 from ..errors import ChatError, EngineError, OverloadError
-from ..generation import STOP_IDS, GenerationParameters
-from . import attention
+from ..serving import attention
 from .sampling import Sampling, request_processors
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
-from ..characters import SessionMeta
+from ..characters.personas import SessionMeta
 from .metrics import Stopwatch
 from .service import Started
 from .text import Piece, read_text

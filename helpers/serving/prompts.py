@@ -1,7 +1,7 @@
 """Who speaks, and what has been said: from a checked request to a persona and turns of chat messages."""
 
-from ..characters import DEFAULT_CHARACTER, SYSTEM_CHARACTER, SessionMeta, as_session_meta, get_character
-from ..chat import build_turns
+from ..characters.personas import DEFAULT_CHARACTER, SYSTEM_CHARACTER, SessionMeta, as_session_meta, get_character
+from ..chat.fitting import build_turns
 from .schemas import ChatRequest, LessonRequest, Message
 
 

@@ -6,8 +6,8 @@ import logging
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from ..chat.generation import STOP_IDS, GenerationParameters
 from ..errors import EngineError, HelpersError, OverloadError
-from ..generation import STOP_IDS, GenerationParameters
 from .engine import Admission
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from ray import serve
 from ray.serve._private import replica as ray_replica
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
+from ..chat.generation import GenerationParameters
 from ..errors import EngineError
-from ..generation import GenerationParameters
 from .service import Service
 
 MESSAGE_SECONDS = 0.1  # a message costs Ray about 1 ms on either side, as much as a small model needs for a token

@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
-from ..generation import GenerationParameters
+from ..chat.generation import GenerationParameters
 
 SMALLEST_DIVISOR = 1e-4  # a score divided by less could become infinite; a temperature this low is greedy already
 

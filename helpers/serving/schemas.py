@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from ..characters import SessionMeta, Unicode
+from ..characters.personas import SessionMeta, Unicode
 
 DEFAULT_MAX_LENGTH, DEFAULT_TOP_P, DEFAULT_TEMPERATURE = 2048, 0.7, 0.95  # of the original lesson
 EXAMPLE_META = {"bot_name": "苏梦远", "bot_info": "当红的女歌手", "user_name": "陆星辰", "user_info": "导演"}

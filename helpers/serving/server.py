@@ -17,9 +17,9 @@ from fastapi import FastAPI
 from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import HelpersError
-from ..loading import load
+from ..model.loading import load
 from ..network import DEFAULT_PORT, free_port, is_loopback, listen
-from ..receipt import PROJECT_DIR
+from ..paths import PROJECT_DIR
 from .app import create_app
 from .limits import SEND_SECONDS
 

@@ -6,11 +6,12 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..characters import SessionMeta, load_characters
-from ..chat import fit_prompt
+from ..characters.personas import SessionMeta, load_characters
+from ..chat.fitting import fit_prompt
+from ..chat.generation import GenerationParameters, model_defaults
 from ..errors import EngineError, HelpersError
-from ..generation import GenerationParameters, model_defaults
-from ..loading import adapter_card, add_adapter, load, pick_model, resolve_model
+from ..model.adapters import adapter_card, add_adapter
+from ..model.loading import load, pick_model, resolve_model
 from .engine import Engine, Generation, shared_copy
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..generation import STOP_IDS, GrowingText
+from ..chat.generation import STOP_IDS, GrowingText
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from helpers.network import port_is_free
-from helpers.runner import NOTEBOOKS_DIR, find_notebooks
+from helpers.tools.runner import NOTEBOOKS_DIR, find_notebooks
 
 NUMBERS = sorted(path.name[:2] for path in NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
 
@@ -86,7 +86,7 @@ def test_failing_cell_is_shown_with_number_source_and_traceback(
     nbformat.write(good_notebook, folder / "01_small.ipynb")
     # The command line with another folder of notebooks than the project's.
     script = (
-        "import functools, sys; from pathlib import Path; from helpers import runner; from helpers.__main__ import main;"
+        "import functools, sys; from pathlib import Path; from helpers import runner; from helpers.cli.app import main;"
         "runner.run_notebooks = functools.partial(runner.run_notebooks, notebooks_dir=Path('notebooks')); main()"
     )
     done = run_command("-c", script, "run", "01", "--model", "nano", "-p", "STEPS", "0")

@@ -18,18 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import helpers
-from helpers.chat import build_messages, fit_history
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
+from helpers.chat.fitting import build_messages, fit_history
+from helpers.chat.generation import GenerationParameters, Reply, decode_growing, decode_reply, model_defaults
 from helpers.errors import BusyError, CharacterError, ChatError
-from helpers.generation import (
-    GenerationParameters,
-    Reply,
-    decode_growing,
-    decode_reply,
-    model_defaults,
-)
-from helpers.kv_cache import PromptCache, common_prefix_length
-from helpers.loading import NANO_DIR
+from helpers.model.kv_cache import PromptCache, common_prefix_length
+from helpers.model.loading import NANO_DIR
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "compact"
 GREEDY = {"do_sample": False, "max_new_tokens": 12}

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from contextlib import contextmanager
+from datetime import datetime
 
 import pytest
 
@@ -322,7 +323,7 @@ def links(panel):
 
 
 def upload(panel, content):
-    moment = helpers.receipt.datetime.now()
+    moment = datetime.now()
     file = {"name": "x", "type": "", "size": len(content), "last_modified": moment, "content": memoryview(content)}
     panel.view.upload.value = (file,)
 

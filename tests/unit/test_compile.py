@@ -7,11 +7,11 @@ import torch
 from torch._inductor import cudagraph_trees
 
 import helpers
-from helpers import kv_cache
-from helpers.chat import context_length
+from helpers.chat.fitting import context_length
+from helpers.chat.generation import GenerationParameters
 from helpers.errors import HelpersError
-from helpers.generation import GenerationParameters
-from helpers.kv_cache import PromptCache, compile_decoding, compiled_decoding, new_cache
+from helpers.model import kv_cache
+from helpers.model.kv_cache import PromptCache, compile_decoding, compiled_decoding, new_cache
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 CPU = {"dtype": "float32", "device_map": "cpu"}
@@ -117,7 +117,7 @@ def test_a_shorter_cache_shortens_the_context(card):
     assert context_length(model) == 256
     session = helpers.ChatSession(model, tokenizer, card, **GREEDY)
     assert session.context_used()[1] == 256
-    assert isinstance(helpers.kv_cache.new_cache(model), kv_cache.StaticPromptCache)
+    assert isinstance(kv_cache.new_cache(model), kv_cache.StaticPromptCache)
     compile_decoding(model, length=10**6)
     assert compiled_decoding(model).length == model.config.max_position_embeddings
 

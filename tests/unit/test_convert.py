@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from write_6b_shape import write_random_checkpoint
 
 import helpers
-from helpers import convert, folders
-from helpers.__main__ import app
-from helpers.checkpoint import open_bin
-from helpers.convert import convert_checkpoint
+from helpers import paths
+from helpers.cli.app import app
 from helpers.errors import CheckpointError, HelpersError
-from helpers.modeling import CharacterGLMConfig
+from helpers.export import safetensors_copy as convert
+from helpers.export.safetensors_copy import convert_checkpoint
+from helpers.model.checkpoint import open_bin
+from helpers.model.modeling import CharacterGLMConfig
 
 IDS = torch.arange(5, 60)[None]
 EMBEDDING, OUTPUT = "transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"
@@ -225,7 +226,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(small_disk):
 
 
 def test_a_disk_that_fills_up_on_the_way(small_disk, monkeypatch):
-    monkeypatch.setattr(folders, "require_disk_space", lambda *_: None)  # it looked large enough before
+    monkeypatch.setattr(paths, "check_disk_space", lambda *_: None)  # it looked large enough before
     monkeypatch.setattr(convert, "SHARD_SIZE", "3MB")
     with pytest.raises(HelpersError, match=r"\[disk full\]"):
         convert_checkpoint("nano", small_disk / "copy")
@@ -235,7 +236,7 @@ def test_a_disk_that_fills_up_on_the_way(small_disk, monkeypatch):
 
 
 def test_a_read_only_disk(small_disk, monkeypatch):
-    monkeypatch.setattr(folders, "require_disk_space", lambda *_: None)
+    monkeypatch.setattr(paths, "check_disk_space", lambda *_: None)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(HelpersError, match=r"\[cannot write\]"):
         convert_checkpoint("nano", small_disk / "copy")
@@ -269,7 +270,7 @@ def test_interrupted_with_ctrl_c(source, tmp_path, monkeypatch, several_files, e
 
 KILLED = """
 import os, signal, sys
-from helpers import convert, folders
+from helpers.export import safetensors_copy as convert
 convert.SHARD_SIZE = "50KB"
 files = convert._files_to_write
 def killed(*arguments):
@@ -312,7 +313,7 @@ def test_a_copy_that_differs_is_thrown_away(source, tmp_path, monkeypatch):
 
 MEASURE = """
 import sys
-from helpers import convert, folders
+from helpers.export import safetensors_copy as convert
 from support.memory import PeakMemory
 convert.SHARD_SIZE = "10MB"
 convert.convert_checkpoint("nano", sys.argv[2] + " warm-up")
@@ -358,9 +359,9 @@ def test_command_line(source, tmp_path):
 
 
 def test_convert_6b_takes_the_downloaded_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.loading.find_downloaded", lambda: NANO)
+    monkeypatch.setattr("helpers.model.loading.find_downloaded", lambda: NANO)
     assert_same_weights(convert_checkpoint("6b", tmp_path / "copy"), NANO)
-    monkeypatch.setattr("helpers.loading.find_downloaded", lambda: None)
+    monkeypatch.setattr("helpers.model.loading.find_downloaded", lambda: None)
     with pytest.raises(CheckpointError, match=r"\[model not downloaded\]"):
         convert_checkpoint("6b", tmp_path / "other")
 

@@ -21,9 +21,9 @@ from modelscope_hub import _download, _legacy_api
 from safetensors.torch import save_file
 
 import helpers
-from helpers import download
 from helpers.errors import CheckpointError, HelpersError
-from helpers.loading import NANO_DIR
+from helpers.model import download
+from helpers.model.loading import NANO_DIR
 
 CHECKPOINT = Path(__file__).parent.parent / "golden" / "compact"
 SHARD, OTHER_SHARD = (f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2))
@@ -442,12 +442,16 @@ def test_full_disk_is_refused_before_the_download(machine, monkeypatch, hub):
     helpers.download_model()
 
 
+def check_room(target):
+    download.check_disk_space(target, download.bytes_needed(target))
+
+
 def test_the_6b_needs_its_size_and_a_margin(machine, monkeypatch):
     set_free_disk(monkeypatch, 13.4e9)
     with pytest.raises(HelpersError, match=r"not enough disk space.*13\.4 GB.*13\.5 GB"):
-        download.require_disk_space(machine / "target")
+        check_room(machine / "target")
     set_free_disk(monkeypatch, 13.6e9)
-    download.require_disk_space(machine / "target")
+    check_room(machine / "target")
 
 
 @pytest.mark.parametrize("suffix", ["", ".incomplete"])
@@ -459,15 +463,15 @@ def test_what_is_there_already_counts(machine, monkeypatch, suffix):
     with (target / "something else").open("wb") as file:
         file.truncate(10_000_000_000)
     set_free_disk(monkeypatch, 3.6e9)
-    download.require_disk_space(target)
+    check_room(target)
     set_free_disk(monkeypatch, 3.4e9)
     with pytest.raises(HelpersError, match="not enough disk space"):
-        download.require_disk_space(target)
+        check_room(target)
 
 
 def test_disk_of_a_target_that_is_not_there_yet(machine, monkeypatch):
     asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or DiskUsage(1, 0, 10**12))
-    download.require_disk_space(machine / "a" / "b" / "c")
-    download.require_disk_space(Path("relative/target"))
+    check_room(machine / "a" / "b" / "c")
+    check_room(Path("relative/target"))
     assert asked == [machine, machine / "work"]

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import helpers
 from helpers.errors import HelpersError
-from helpers.estimate import QUANTIZED_BYTES, lora_count, parameter_count, weight_bytes
-from helpers.loading import NANO_DIR
-from helpers.modeling import CharacterGLMConfig
+from helpers.inspect.estimate import QUANTIZED_BYTES, lora_count, parameter_count, weight_bytes
+from helpers.model.loading import NANO_DIR
+from helpers.model.modeling import CharacterGLMConfig
 
 SIX_B = CharacterGLMConfig()
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_estimate.py"

@@ -21,15 +21,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
 from typer.testing import CliRunner
 
 import helpers
-from helpers import export, folders
-from helpers.__main__ import app
-from helpers.characters import DEFAULT_CHARACTER
-from helpers.checkpoint import open_bin
-from helpers.convert import convert_checkpoint
+from helpers import paths
+from helpers.characters.personas import DEFAULT_CHARACTER
+from helpers.chat.generation import GenerationParameters, model_defaults
+from helpers.cli.app import app
 from helpers.errors import CheckpointError, HelpersError
-from helpers.export import export_model, plain_tokenizer
+from helpers.export import plain as export
+from helpers.export.plain import export_model, plain_tokenizer
+from helpers.export.safetensors_copy import convert_checkpoint
 from helpers.finetune.lora import add_lora
-from helpers.generation import GenerationParameters, model_defaults
+from helpers.model.checkpoint import open_bin
 from helpers.serving.prompts import chat_prompt
 from helpers.serving.schemas import ChatRequest
 
@@ -510,7 +511,7 @@ def test_an_unknown_dtype(tmp_path):
 def test_a_disk_too_small(small_disk, monkeypatch):
     with pytest.raises(HelpersError, match=r"\[not enough disk space\]"):
         export_model("nano", small_disk / "exported")
-    monkeypatch.setattr(folders, "require_disk_space", lambda *_: None)  # it looked large enough before
+    monkeypatch.setattr(paths, "check_disk_space", lambda *_: None)  # it looked large enough before
     with pytest.raises(HelpersError, match=r"\[disk full\]"):
         export_model("nano", small_disk / "exported")
     assert not any(small_disk.iterdir())

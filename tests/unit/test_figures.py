@@ -14,7 +14,7 @@ from write_6b_shape import original_shapes, split, write_random_checkpoint
 
 import helpers
 from helpers.errors import HelpersError
-from helpers.modeling import CharacterGLMConfig
+from helpers.model.modeling import CharacterGLMConfig
 
 SMALL = {
     "vocab_size": 4096,
@@ -80,7 +80,7 @@ def test_same_seed_same_bytes(small, tmp_path):
 
 
 def test_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.download.free_bytes", lambda _: 10**9)
+    monkeypatch.setattr("helpers.paths.free_bytes", lambda _: 10**9)
     with pytest.raises(HelpersError, match="not enough disk space"):
         write_random_checkpoint(tmp_path, CharacterGLMConfig())
     assert list(tmp_path.iterdir()) == []

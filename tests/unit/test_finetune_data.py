@@ -10,9 +10,8 @@ from reference import NANO, shared
 from transformers import AutoTokenizer
 
 import helpers
-from helpers.chat import encode_prompt, fit_history
-from helpers.dialogues import Dialogue, load_dialogues
-from helpers.display import label_view
+from helpers.characters.dialogues import Dialogue, load_dialogues
+from helpers.chat.fitting import encode_prompt, fit_history
 from helpers.errors import CharacterError, DataError
 from helpers.finetune import (
     add_lora,
@@ -28,6 +27,7 @@ from helpers.finetune import (
 from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
 from helpers.finetune.data import CAUSES, BadRow
 from helpers.finetune.encoding import IGNORED, encode_reply
+from helpers.inspect.xray import label_view
 
 CARD = {"bot_name": "鲁智深", "bot_info": "自称洒家。", "user_name": "林冲", "user_info": ""}
 META = {"bot_name": "阿九", "bot_info": "舰载人工智能", "user_name": "船长", "user_info": ""}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import helpers
-from helpers.dialogues import Dialogue, load_dialogues
+from helpers.characters.dialogues import Dialogue, load_dialogues
 from helpers.finetune import (
     Voice,
     add_lora,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import helpers
-from helpers.__main__ import main
+from helpers.cli.app import main
 from helpers.errors import CheckpointError, FinetuneError
 from helpers.finetune import (
     add_lora,
@@ -36,7 +36,8 @@ from helpers.finetune.checkpoints import checkpoints, is_complete, last_complete
 from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
 from helpers.finetune.lora import refuse_unmoved
 from helpers.finetune.training import EpochGroupedSampler
-from helpers.modeling import CharacterGLMConfig
+from helpers.model.adapters import add_adapter, base_fingerprint
+from helpers.model.modeling import CharacterGLMConfig
 
 STEPS = {"logging_steps": 1, "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
 SHORT = {**STEPS, "max_steps": 4, "learning_rate": 5e-3}
@@ -239,13 +240,11 @@ def test_merged_model_is_an_ordinary_model_with_the_same_outputs(trained, tmp_pa
 
 def test_adapter_for_another_base_is_refused(trained, tmp_path):
     with pytest.raises(CheckpointError, match="adapter for another base"):
-        helpers.loading.add_adapter(
-            AutoModelForCausalLM.from_pretrained(copy_compact(tmp_path / "m")), trained.directory
-        )
+        add_adapter(AutoModelForCausalLM.from_pretrained(copy_compact(tmp_path / "m")), trained.directory)
     foreign = shutil.copytree(trained.directory, tmp_path / "foreign")
     (foreign / "finetune.json").unlink()  # an adapter from elsewhere: only shapes and names can tell
     with pytest.raises(CheckpointError, match="adapter does not fit"):
-        helpers.loading.add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), foreign)
+        add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), foreign)
 
 
 def test_adapter_for_a_deeper_base_is_refused(trained, tmp_path):
@@ -254,16 +253,16 @@ def test_adapter_for_a_deeper_base_is_refused(trained, tmp_path):
     foreign = shutil.copytree(trained.directory, tmp_path / "foreign")
     (foreign / "finetune.json").unlink()
     with pytest.raises(CheckpointError, match="unused adapter keys"):
-        helpers.loading.add_adapter(AutoModelForCausalLM.from_config(config), foreign)
+        add_adapter(AutoModelForCausalLM.from_config(config), foreign)
 
 
 def test_precision_does_not_change_the_fingerprint():
     model = helpers.load("nano", dtype="float32")[0]
     half = helpers.load("nano", dtype="float16")[0]
-    assert helpers.loading.base_fingerprint(model) == helpers.loading.base_fingerprint(half)
-    assert helpers.loading.base_fingerprint(new_model()) == helpers.loading.base_fingerprint(model)
+    assert base_fingerprint(model) == base_fingerprint(half)
+    assert base_fingerprint(new_model()) == base_fingerprint(model)
     model.model.layers[2].self_attn.v_proj.weight.data[0, 0] += 1
-    assert helpers.loading.base_fingerprint(half) != helpers.loading.base_fingerprint(model)
+    assert base_fingerprint(half) != base_fingerprint(model)
 
 
 # --- killed and resumed

@@ -27,10 +27,10 @@ from transformers import (
 from write_6b_shape import write_random_checkpoint
 
 import helpers
-from helpers import loading
 from helpers.errors import CheckpointError, HelpersError, UnsupportedConfigError
-from helpers.modeling import REQUIRED_SETTINGS, CharacterGLMConfig, CharacterGLMForCausalLM
-from helpers.tokenization import ChatGLMTokenizer
+from helpers.model import loading
+from helpers.model.modeling import REQUIRED_SETTINGS, CharacterGLMConfig, CharacterGLMForCausalLM
+from helpers.model.tokenization import ChatGLMTokenizer
 
 IDS = torch.arange(5, 60)[None]
 LAYER = "transformer.encoder.layers.1"
@@ -886,7 +886,7 @@ def test_a_given_dtype_is_taken(models, machine, dtype):
 
 def test_load_does_what_choose_says(models, machine, caplog):
     machine()
-    with caplog.at_level("INFO", logger="helpers.loading"):
+    with caplog.at_level("INFO", logger="helpers.model.loading"):
         model, _ = helpers.load("nano", dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
     assert str(helpers.choose("nano", dtype="bfloat16")) in caplog.text

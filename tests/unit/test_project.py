@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.refresh import PERSONAL_PATH
+from helpers.tools.refresh import PERSONAL_PATH
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOT_OURS = {".venv", ".git", "outputs", "models", "build", "__pycache__"}

@@ -9,11 +9,11 @@ from reference import REPOSITORY
 from transformers import AutoModelForCausalLM
 
 import helpers
-from helpers.__main__ import main
-from helpers.dialogues import load_dialogues
-from helpers.estimate import weight_bytes
+from helpers.characters.dialogues import load_dialogues
+from helpers.cli.app import main
 from helpers.finetune import add_lora, encode_samples, finetune, perplexity
-from helpers.loading import base_fingerprint
+from helpers.inspect.estimate import weight_bytes
+from helpers.model.adapters import base_fingerprint
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 SHORT = {"max_steps": 4, "learning_rate": 5e-3, "logging_steps": 1, "per_device_train_batch_size": 4}

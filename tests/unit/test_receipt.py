@@ -10,9 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from helpers import receipt
-from helpers.__main__ import app
-from helpers.receipt import PROJECT_DIR, ReceiptError, describe_files, shorten_paths, write_receipt
+from helpers.cli.app import app
+from helpers.inspect import receipt
+from helpers.inspect.receipt import ReceiptError, describe_files, shorten_paths, write_receipt
+from helpers.paths import PROJECT_DIR
 
 
 def write(folder: Path, **changes: Any) -> dict[str, Any]:

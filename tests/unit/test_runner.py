@@ -10,10 +10,11 @@ from jupyter_client.kernelspec import KernelSpec
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
-from helpers.__main__ import join_pairs
-from helpers.receipt import PROJECT_DIR, ReceiptError
-from helpers.refresh import WIDGET_VIEW, PersonalPathError, refresh_notebooks, strip_for_git
-from helpers.runner import (
+from helpers.cli.options import join_pairs
+from helpers.inspect.receipt import ReceiptError
+from helpers.paths import PROJECT_DIR
+from helpers.tools.refresh import WIDGET_VIEW, PersonalPathError, refresh_notebooks, strip_for_git
+from helpers.tools.runner import (
     InterpreterKernelManager,
     RunError,
     declared_parameters,

@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.generation.continuous_batching.requests import RequestState
 
 import helpers
-from helpers.chat import encode_prompt
+from helpers.chat.fitting import encode_prompt
 from helpers.errors import ChatError, EngineError, OverloadError
-from helpers.loading import ADAPTER_CARD
+from helpers.model.adapters import ADAPTER_CARD
 from helpers.serving.engine import PAGE_TOKENS, Engine, Generation
 from helpers.serving.service import Service
 

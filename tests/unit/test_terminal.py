@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import helpers
-from helpers.characters import MAX_FILE_BYTES
+from helpers.characters.personas import MAX_FILE_BYTES
 from helpers.demo.conversations import Conversations
 from helpers.demo.files import open_file
 from helpers.demo.terminal import TerminalChat, plain

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .errors import HelpersError
-from .receipt import PROJECT_DIR, checked, collect_versions, receipt_path, utc_now, write_json
+from ..errors import HelpersError
+from ..inspect.receipt import checked, collect_versions, receipt_path, utc_now
+from ..paths import PROJECT_DIR, write_json
 
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 START_TIMEOUT_SECONDS = 120

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .errors import HelpersError
-from .loading import DTYPES, gpu_gib, resolve_model
-from .modeling import CharacterGLMConfig
+from ..errors import HelpersError
+from ..model.loading import DTYPES, gpu_gib, resolve_model
+from ..model.modeling import CharacterGLMConfig
 
 RESERVE_GIB = 1.0  # for the CUDA context and the allocator's gaps; a rule of thumb, not measured
 USUAL_GPU_GIB = 24.0  # RTX 3090 and 4090

@@ -3,8 +3,8 @@
 import html
 from dataclasses import dataclass, field
 
-from .characters import as_session_meta
-from .tokenization import NEWLINE_ID, PREFIX_TOKENS
+from ..characters.personas import as_session_meta
+from ..model.tokenization import NEWLINE_ID, PREFIX_TOKENS
 
 # Kind of token -> (label, background). Text is always dark, so that it reads in light and dark themes.
 TOKEN_KINDS = {

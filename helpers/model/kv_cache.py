@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from .errors import HelpersError
+from ..errors import HelpersError
 
 STATIC_TOKENS = 4096  # longest prompt and reply of a compiled model; 115 MiB for the 6B in half precision
 QUANTIZED_OR_COMPILED = (

@@ -6,15 +6,14 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .errors import HelpersError
+from ..errors import HelpersError
+from ..paths import PROJECT_DIR, write_json
 
-PROJECT_DIR = Path(__file__).resolve().parent.parent
 HASH_LIMIT_BYTES = 100_000_000
 RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "modelscope")
 PROJECT_PACKAGE = "characterglm-notebooks"
@@ -71,22 +70,6 @@ def notebook_number(notebook: str | int) -> str:
 def utc_now() -> str:
     """The time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_json(path: Path, data: dict[str, Any]) -> Path:
-    """Write `data` as UTF-8 JSON through a temporary file, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner only
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def collect_versions() -> dict[str, str | None]:

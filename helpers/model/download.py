@@ -3,22 +3,18 @@
 import errno
 import hashlib
 import os
-import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..errors import CheckpointError, HelpersError
+from ..paths import MARGIN_BYTES, check_disk_space, write_json
 from .checkpoint import REDOWNLOAD, WEIGHT_INDEXES, read_json, verify_checkpoint
-from .errors import CheckpointError, HelpersError
-from .receipt import write_json
 
 MODEL_ID = "THUCoAI/CharacterGLM-6B"
 HUGGING_FACE_IDS = {MODEL_ID: "thu-coai/CharacterGLM-6B"}
 AUTODL_DATA_DISK = Path("/root/autodl-tmp")
-
 # About what the hub lists for the 6B, for a disk check without a network; the other files are 1 MB together.
 EXPECTED_SIZES = {"pytorch_model-00001-of-00002.bin": 10_000_000_000, "pytorch_model-00002-of-00002.bin": 2_500_000_000}
-MARGIN_BYTES = 1_000_000_000
-
 # What the model needs. Not here, so never fetched: remote code, weights in other formats, anything in a subfolder.
 SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
@@ -27,7 +23,6 @@ SETTINGS = (
 WEIGHT_FORMATS = (("model*.safetensors", WEIGHT_INDEXES[0]), ("pytorch_model*.bin", WEIGHT_INDEXES[1]))
 MANIFEST = ".verified.json"  # beside the files: size and sha256 of each, written when all agreed with the hub
 BLOCK_BYTES = 1 << 23
-
 RESUME_AFTER = "已下载的部分会保留，解决后再运行一次就从断点继续："
 PROXY_HINT = "；开过 network_turbo 的话先 unset http_proxy https_proxy"
 
@@ -117,7 +112,7 @@ def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None
     target = found or target
     try:
         files = list_files(model_id)
-        require_disk_space(target, {name: size for name, (size, _) in files.items()})
+        check_disk_space(target, bytes_needed(target, {name: size for name, (size, _) in files.items()}))
         _fetch(model_id, target, list(files))
     except KeyboardInterrupt:
         print("下载中断了 [interrupted]：已有的部分会保留，再运行一次会从断点继续")
@@ -276,22 +271,6 @@ def _explained(error: Exception, model_id: str, target: Path) -> HelpersError:
     return HelpersError(f"下载没有完成 [download failed]（{what}）：{cause}。再运行一次会从断点继续")
 
 
-def free_bytes(target: Path) -> int:
-    """Free space on the disk of `target`, which need not exist yet."""
-    existing = next(parent for parent in [target, *target.absolute().parents] if parent.exists())
-    return shutil.disk_usage(existing).free
-
-
 def bytes_needed(target: Path, sizes: dict[str, int] = EXPECTED_SIZES) -> int:
     """Free space that a download into `target` needs: what is not there yet of the files in `sizes`, plus 1 GB."""
     return MARGIN_BYTES + sum(max(0, size - _size_on_disk(target / name)) for name, size in sizes.items())
-
-
-def require_disk_space(target: Path, sizes: dict[str, int] = EXPECTED_SIZES) -> None:
-    """Raise `HelpersError` unless the disk of `target` has room for `bytes_needed`."""
-    free, needed = free_bytes(target), bytes_needed(target, sizes)
-    if free < needed:
-        raise HelpersError(
-            f"磁盘空间不足 [not enough disk space]：{target} 所在磁盘剩 {free / 1e9:.1f} GB，还需要 {needed / 1e9:.1f} GB。"
-            "请清理这个磁盘，或换一个更大的磁盘上的目录"
-        )

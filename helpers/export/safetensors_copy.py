@@ -14,13 +14,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .checkpoint import WEIGHT_INDEXES, holds_tensors, open_bin, read_json, weight_files
-from .download import SETTINGS, verify_download
-from .errors import HelpersError
-from .folders import new_folder
-from .loading import resolve_model
-from .modeling import verify_model
-from .receipt import write_json
+from ..errors import HelpersError
+from ..model.checkpoint import WEIGHT_INDEXES, holds_tensors, open_bin, read_json, weight_files
+from ..model.download import SETTINGS, verify_download
+from ..model.loading import resolve_model
+from ..model.modeling import verify_model
+from ..paths import new_folder, write_json
 
 SHARD_SIZE = "2GB"  # of the files written; in memory at a time are one of them and its original
 

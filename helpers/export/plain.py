@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, normalizers
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from .characters import DEFAULT_CHARACTER, SYSTEM_CHARACTER, SessionMeta, get_character
-from .checkpoint import holds_tensors, open_bin, read_json, stored_shapes, weight_files
-from .errors import CheckpointError, HelpersError
-from .folders import new_folder
-from .generation import STOP_IDS, GenerationParameters, model_defaults
-from .loading import adapter_card, load, pick_dtype, resolve_model
-from .modeling import verify_model
-from .tokenization import CHAT_TEMPLATE
+from ..characters.personas import DEFAULT_CHARACTER, SYSTEM_CHARACTER, SessionMeta, get_character
+from ..chat.generation import STOP_IDS, GenerationParameters, model_defaults
+from ..errors import CheckpointError, HelpersError
+from ..model.adapters import adapter_card
+from ..model.checkpoint import holds_tensors, open_bin, read_json, stored_shapes, weight_files
+from ..model.loading import load, pick_dtype, resolve_model
+from ..model.modeling import verify_model
+from ..model.tokenization import CHAT_TEMPLATE
+from ..paths import new_folder
 
 SHARD_SIZE = "2GB"  # of the files written
 EXPORT_TEMPLATE = Path(__file__).with_name("export_template.jinja").read_text(encoding="utf-8")

@@ -27,11 +27,10 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import no_init_weights
 
+from ..errors import UnsupportedConfigError
 from .checkpoint import refuse_missing_weights, verify_checkpoint, verify_weights
-from .errors import UnsupportedConfigError
 
 MODEL_TYPE = "chatglm"
-
 # Settings of the original config.json that change the computation, with the only value GLM implements.
 # A field that is absent has that value.
 REQUIRED_SETTINGS = {
@@ -47,7 +46,6 @@ REQUIRED_SETTINGS = {
     "quantization_bit": 0,
     "interleaved_qkv": False,
 }
-
 UNSUPPORTED_HINTS = {
     "quantization_bit": "请换成未量化的 CharacterGLM-6B，再用 load(quantization=...) 在加载时量化",
     "pre_seq_len": "这是 P-Tuning v2 的检查点；请使用原始权重，微调见 notebook 04 (LoRA)",

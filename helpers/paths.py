@@ -1,16 +1,52 @@
-"""A new folder of files: complete under its name, or not there at all."""
+"""The ground: where the project is, files that appear whole or not at all, room on a disk."""
 
 import errno
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from .download import require_disk_space
 from .errors import HelpersError
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+MARGIN_BYTES = 1_000_000_000  # left free on a disk that something large is written to
+
+
+def write_json(path: Path, data: dict[str, Any]) -> Path:
+    """Write `data` as UTF-8 JSON through a temporary file, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner only
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def free_bytes(target: Path) -> int:
+    """Free space on the disk of `target`, which need not exist yet."""
+    existing = next(parent for parent in [target, *target.absolute().parents] if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def check_disk_space(target: Path, needed: int) -> None:
+    """Raise `HelpersError` unless the disk of `target` has `needed` bytes free."""
+    if (free := free_bytes(target)) < needed:
+        raise HelpersError(
+            f"磁盘空间不足 [not enough disk space]：{target} 所在磁盘剩 {free / 1e9:.1f} GB，还需要 {needed / 1e9:.1f} GB。"
+            "请清理这个磁盘，或换一个更大的磁盘上的目录"
+        )
 
 
 @contextmanager
@@ -28,7 +64,7 @@ def new_folder(target: Path, sizes: dict[str, int], source: Path) -> Iterator[Pa
         HelpersError: the target is in use or not writable, or the disk is full. What was there is kept.
     """
     _refuse_unusable(target, source)
-    require_disk_space(target, sizes)
+    check_disk_space(target, sum(sizes.values()) + MARGIN_BYTES)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so on the same disk.

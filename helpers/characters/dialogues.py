@@ -8,10 +8,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .characters import CharacterCard, field_problems, load_characters
-from .errors import HelpersError
+from ..errors import HelpersError
+from ..paths import PROJECT_DIR
+from .personas import CharacterCard, field_problems, load_characters
 
-DIALOGUES_DIR = Path(__file__).parent.parent / "data" / "dialogues"
+DIALOGUES_DIR = PROJECT_DIR / "data" / "dialogues"
 HELD_OUT_SHARE = 0.1
 
 

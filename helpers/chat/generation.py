@@ -15,20 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
-from .errors import ChatError
-from .kv_cache import PromptCache
-from .tokenization import NEWLINE_ID, piece_bytes
+from ..errors import ChatError
+from ..model.kv_cache import PromptCache
+from ..model.tokenization import NEWLINE_ID, piece_bytes
 
 EOS_ID = 2
 STOP_IDS = [EOS_ID, NEWLINE_ID]
-
 # Where a reply ends, how many there are and where the KV cache is kept is decided here, not by the caller.
 FIXED_PARAMETERS = {
     *("eos_token_id", "pad_token_id", "stop_strings", "num_return_sequences", "return_dict_in_generate"),
     *("use_cache", "cache_implementation", "compile_config", "transformers_version", "_from_model_config"),
 }
 NEUTRAL = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}  # transformers' own defaults
-
 # torch's default random generator is one per process: two replies at once would draw from each other's seed.
 _one_reply_at_a_time = threading.Lock()
 _started: "weakref.WeakSet[Reply]" = weakref.WeakSet()

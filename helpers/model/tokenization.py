@@ -15,9 +15,9 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, TokenizersBackend
 from transformers.tokenization_utils_base import generate_merges
 
-from .characters import as_session_meta
+from ..characters.personas import as_session_meta
+from ..errors import CheckpointError
 from .checkpoint import REDOWNLOAD
-from .errors import CheckpointError
 from .modeling import CharacterGLMConfig
 
 # Control tokens that follow the SentencePiece pieces, in this order (64789 ... 64793 in CharacterGLM-6B).

@@ -10,8 +10,8 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from .errors import HelpersError
-from .receipt import PROJECT_DIR
+from ..errors import HelpersError
+from ..paths import PROJECT_DIR
 from .runner import NOTEBOOKS_DIR, Result, run_notebooks
 
 # Somebody's home, a kernel's scratch folder or a Windows drive. AutoDL's data disks are the same for all.
