@@ -285,7 +285,8 @@ BAD_HISTORIES = [
 ]
 
 
-@pytest.mark.parametrize("history", BAD_HISTORIES, ids=repr)
+# ids: the repr of an iterator has its address, which is another one in each worker.
+@pytest.mark.parametrize("history", BAD_HISTORIES, ids=lambda history: repr(history).split(" at 0x")[0])
 def test_malformed_history_is_refused(nano, card, generated, history):
     with pytest.raises(ChatError, match="history"):
         helpers.chat(*nano, card, "你好", history)
