@@ -37,7 +37,7 @@ def examine(model="auto") -> Preflight:
 def check_libraries(requirements: Path = PROJECT_DIR / "requirements.txt") -> Check:
     """Every library is installed in the range it was tested in (requirements.txt)."""
     lines = [line.split("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
-    wanted = [Requirement(line) for line in lines if line]
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("-")]
     problems = [problem for requirement in wanted if (problem := _problem(requirement))]
     if not problems:
         return Check("依赖库", f"{len(wanted)} 个都在测试过的范围内")
