@@ -132,6 +132,7 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
             verify_model(Path(path), kwargs.get("config"))
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         refuse_missing_weights(path, info)
+        keep_quantised_layout(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format=True, **kwargs):
@@ -150,6 +151,18 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
         With `strict=False`, which it uses, torch would leave every weight as it is.
         """
         return super().load_state_dict(native_state_dict(state_dict, self.config), *args, **kwargs)
+
+
+def keep_quantised_layout(model) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference, which it does on CPUs with AVX512-BF16.
+
+    Its `Linear4bit` (0.50) does so at the first forward without gradients, in place and for good: training after an
+    evaluation then fails ("a view of a leaf Variable that requires grad"), computation is in bfloat16 whatever the
+    dtype, and the way back rounds the scales. With this, a model computes and saves the same on every CPU.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def verify_model(directory: Path, config=None) -> None:

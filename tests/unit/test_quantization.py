@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import bitsandbytes
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 from peft import get_peft_model_state_dict
 from reference import REPOSITORY
 from transformers import AutoModelForCausalLM
@@ -95,6 +97,49 @@ def test_lora_learns_on_a_quantised_base(quantized, rows, tmp_path):
     assert torch.allclose(again(IDS).logits, tuned.eval()(IDS).logits, atol=1e-4)
     full, _ = helpers.load("nano", dtype="float32", device_map="cpu", adapter=tmp_path)
     assert perplexity(full, rows[0]) < before
+
+
+@pytest.fixture
+def cpu_with_bfloat16(monkeypatch):
+    """bitsandbytes as on a CPU with AVX512-BF16, where `Linear4bit` repacks its weights when it is used for inference.
+
+    Feature detection says yes, and the repacking is bitsandbytes' own (plain torch). Replaced is only the kernel that
+    multiplies with repacked weights, as it needs that CPU's instructions. It is registered where the native one is, so
+    that torch treats it alike: as an operation without gradients.
+    """
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    kernels = torch.library.Library("bitsandbytes", "IMPL")
+    kernels.impl("gemv_4bit", multiply_repacked, "CPU", allow_override=True)
+    yield
+    kernels._destroy()
+
+
+def multiply_repacked(x, packed, shape, absmax, code, blocksize):
+    """x W^T for W of `shape` [N, K], repacked by bitsandbytes, with `absmax` of the shape [K / blocksize, N].
+
+    The native kernel writes through pointers into `out` and returns a view of it: autograd sees nothing but the view.
+    """
+    state = SimpleNamespace(
+        packing_format_for_cpu=True, original_qshape=(-1, 1), original_nested=False, original_dtype=None
+    )
+    with torch.no_grad():
+        weight, _ = _convert_weight_packed_for_cpu_inverse(packed, state)
+        scales = absmax.T.reshape(-1).float()
+        weight = torch.ops.bitsandbytes.dequantize_4bit(weight, scales, blocksize, "nf4", shape, torch.float32)
+        out = (x.flatten(0, -2).to(torch.bfloat16) @ weight.T.to(torch.bfloat16)).to(x.dtype)
+    return out.reshape(*x.shape[:-1], shape[0])
+
+
+@pytest.mark.usefixtures("cpu_with_bfloat16")
+def test_a_4_bit_model_can_be_trained_after_an_evaluation(rows, tmp_path):
+    model, _ = helpers.load("nano", dtype="float32", device_map="cpu", quantization="nf4")
+    stored = {name: weight.clone() for name, weight in model.named_parameters()}
+    before = perplexity(model, rows[0])  # as notebook 04 does it: on the base first
+    assert all(torch.equal(weight, stored[name]) for name, weight in model.named_parameters())
+    torch.manual_seed(0)
+    tuned = add_lora(model)
+    finetune(tuned, *rows, tmp_path, **SHORT, **STEPS)  # it evaluates before the first step
+    assert perplexity(tuned, rows[0]) < before
 
 
 def test_the_terminal_chats_with_a_quantised_model(run_command, monkeypatch):
