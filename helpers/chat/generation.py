@@ -1,7 +1,6 @@
 """From prompt ids to a growing reply: checked parameters, a stream that can be stopped."""
 
 import atexit
-import difflib
 import math
 import queue
 import threading
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
-from ..errors import ChatError
+from ..errors import ChatError, did_you_mean
 from ..model.kv_cache import PromptCache
 from ..model.tokenization import NEWLINE_ID, piece_bytes
 
@@ -104,8 +103,7 @@ def _refuse_unknown(names: Iterable[str], known: set[str]) -> None:
         if name in FIXED_PARAMETERS:
             raise ChatError(f"{name} 由本项目设定，不能更改 [fixed parameter]：回复以换行或 eos 结束，一次一条")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"你是不是想写 {close[0]}？" if close else f"常用的有 {'、'.join(GenerationParameters.model_fields)}"
+            hint = did_you_mean(name, known) or f"常用的有 {'、'.join(GenerationParameters.model_fields)}"
             raise ChatError(f"不认识的生成参数 [unknown generation parameter]：{name}。{hint}")
 
 

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, normalizers
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
@@ -17,11 +16,11 @@ from ..characters.personas import DEFAULT_CHARACTER, SYSTEM_CHARACTER, SessionMe
 from ..chat.generation import STOP_IDS, GenerationParameters, model_defaults
 from ..errors import CheckpointError, HelpersError
 from ..model.adapters import adapter_card
-from ..model.checkpoint import holds_tensors, open_bin, read_json, stored_shapes, weight_files
+from ..model.checkpoint import read_json, weight_files
 from ..model.loading import load, pick_dtype, resolve_model
-from ..model.modeling import verify_model
 from ..model.tokenization import CHAT_TEMPLATE
 from ..paths import new_folder
+from .safetensors_copy import check_copy, stored_dtype
 
 SHARD_SIZE = "2GB"  # of the files written
 EXPORT_TEMPLATE = Path(__file__).with_name("export_template.jinja").read_text(encoding="utf-8")
@@ -54,16 +53,15 @@ def export_model(
             quantised. What was there is kept.
     """
     source, target = resolve_model(model), Path(directory).expanduser()
-    _refuse_quantised(source)
-    verify_model(source)
-    stored = _stored_dtype(source)
+    _check_not_quantised(source)
+    stored = stored_dtype(source)
     chosen = stored if dtype == "auto" else pick_dtype(dtype, "cpu", source)[0]
     sizes = {file.name: file.stat().st_size * chosen.itemsize // stored.itemsize for file in weight_files(source)}
     with new_folder(target, sizes, source) as work:
         loaded, tokenizer = load(source, dtype=chosen, device_map="cpu", adapter=adapter)
         plain = plain_model(loaded if adapter is None else _merged(loaded, adapter))
         plain.save_pretrained(work, max_shard_size=SHARD_SIZE)
-        _refuse_different(work, plain)
+        check_copy(work, plain)
         persona = adapter and adapter_card(adapter) or get_character(DEFAULT_CHARACTER)
         plain_tokenizer(tokenizer, persona, plain.config.max_position_embeddings).save_pretrained(work)
         for licence in source.glob("*LICENSE*"):
@@ -98,7 +96,7 @@ def plain_tokenizer(tokenizer, persona: SessionMeta, context: int) -> PreTrained
     """The tokenizer without a class of its own: its chat template spells the prefix, which no other text can.
 
     Args:
-        persona: who speaks where nobody says who should.
+        persona: who speaks when a request names nobody.
         context: how many tokens the model was made for.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -134,21 +132,11 @@ def plain_template(persona: SessionMeta) -> str:
     return EXPORT_TEMPLATE.replace("{#- CONSTANTS -#}", "\n".join(written)).replace("{#- PROMPT -#}", prompt.strip())
 
 
-def _refuse_quantised(source: Path) -> None:
+def _check_not_quantised(source: Path) -> None:
     if read_json(source / "config.json").get("quantization_config"):
         raise HelpersError(
             f"量化的模型不能导出 [quantised model]：{source}。请导出半精度的原模型，需要量化时让 vLLM 在加载时量化"
         )
-
-
-def _stored_dtype(source: Path) -> torch.dtype:
-    """The dtype of the largest tensor: config.json of the 6B says another one than its files."""
-    tensors = [
-        tensor
-        for file in weight_files(source)
-        for tensor in (load_file(file) if file.suffix == ".safetensors" else open_bin(file, "meta")).values()
-    ]
-    return max(tensors, key=torch.Tensor.numel).dtype
 
 
 def _merged(loaded, adapter):
@@ -160,16 +148,3 @@ def _merged(loaded, adapter):
         return loaded.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise CheckpointError(f"adapter 合并后权重里有 NaN 或无穷大 [broken adapter]：{adapter}。请重新训练") from error
-
-
-def _refuse_different(work: Path, plain: GlmForCausalLM) -> None:
-    """Read what was written and compare it with the model."""
-    expected = plain.state_dict()
-    if plain.config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
-    for file in weight_files(work):
-        part = {name: expected.pop(name) for name in stored_shapes(file) if name in expected}
-        if not holds_tensors(file, part):
-            raise HelpersError(f"写出的 {file.name} 与模型不同 [copy differs]：{work.parent}。请检查磁盘，再运行一次")
-    if expected:
-        raise HelpersError(f"没有写出 {min(expected)} [copy differs]：{work.parent}。请检查磁盘，再运行一次")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, FinetuneError
 from ..model.adapters import ADAPTER_RECORD, adapter_file
-from ..model.checkpoint import read_json, verify_weight_file
+from ..model.checkpoint import check_weight_file, read_json
 from ..paths import free_bytes, write_json
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -28,7 +28,7 @@ def is_complete(checkpoint: Path) -> bool:
         adapter_file(checkpoint)
         random_states = list(checkpoint.glob("rng_state*.pth"))
         for file in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states):
-            verify_weight_file(file)
+            check_weight_file(file)
         read_json(checkpoint / "trainer_state.json")  # the Trainer writes it last
     except CheckpointError:
         return False

@@ -1,7 +1,6 @@
 """Training a LoRA adapter with transformers' Trainer: sensible defaults, and failures that explain themselves."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_in_notebook
 
 from ..characters.personas import as_session_meta
-from ..errors import FinetuneError
+from ..errors import FinetuneError, did_you_mean
 from ..model.adapters import ADAPTER_CARD, ADAPTER_RECORD, base_fingerprint
 from ..paths import write_json
 from .checkpoints import bytes_needed, last_complete_checkpoint, open_run
@@ -89,9 +88,9 @@ def refuse_unknown_arguments(names) -> None:
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - {"output_dir"}
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"是不是 {close[0]} [did you mean]？" if close else ""
-            raise FinetuneError(f"TrainingArguments 没有参数 {name} [unknown training argument]。{hint}")
+            raise FinetuneError(
+                f"TrainingArguments 没有参数 {name} [unknown training argument]。{did_you_mean(name, known)}"
+            )
 
 
 class EpochGroupedSampler(LengthGroupedSampler):

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from ..errors import CheckpointError
-from ..model.checkpoint import verify_checkpoint
+from ..model.checkpoint import check_checkpoint
 from ..model.download import bytes_needed, default_model_dir, find_downloaded
 from ..model.loading import MIN_GPU_GIB, NANO_DIR, gpu_gib, pick_model
 from ..paths import free_bytes
@@ -97,7 +97,7 @@ def check_model_files(name: str) -> Check:
         return Check("模型文件", "尚未下载", check_disk().advice or fetch)
     directory = NANO_DIR if name == "nano" else Path(name)
     try:
-        files = verify_checkpoint(directory)
+        files = check_checkpoint(directory)
     except CheckpointError as error:
         return Check("模型文件", name, str(error))
     return Check("模型文件", f"{directory.name}，权重 {sum(f.stat().st_size for f in files) / 1e6:,.1f} MB")

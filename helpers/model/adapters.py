@@ -1,7 +1,4 @@
-"""From a model name to a model on a device: which files, which dtype, which device, and why.
-
-Importing this module registers the CharacterGLM family with transformers' Auto classes.
-"""
+"""LoRA adapters: are the files whole, were they trained on this model, and onto the model with them."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +7,7 @@ import torch
 
 from ..characters.personas import SessionMeta, as_session_meta, read_json_object
 from ..errors import CheckpointError
-from .checkpoint import read_json, stored_shapes, verify_weight_file
+from .checkpoint import check_weight_file, read_json, stored_tensors
 
 ADAPTER_RECORD = "finetune.json"  # what `helpers.finetune` writes beside an adapter: how it was trained, on what base
 ADAPTER_CARD = "card.json"  # the persona that an adapter speaks as, beside it
@@ -24,8 +21,8 @@ def add_adapter(model, adapter):
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    stored = stored_shapes(adapter_file(Path(adapter)))
-    _refuse_other_base(model, Path(adapter))
+    stored = stored_tensors(adapter_file(Path(adapter)))
+    _check_base(model, Path(adapter))
     try:
         loaded = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -50,8 +47,7 @@ def add_adapter(model, adapter):
 def base_fingerprint(model) -> str | None:
     """A hash of one row of every layer's v_proj, the same in every precision; None if the weights are quantised.
 
-    Two models of the same shape (a model and its fine-tuned copy) differ in it. The rows are rounded to bfloat16, in
-    which the 6B is stored, so that it does not matter in which precision the model was loaded.
+    Two models of the same shape (a model and its fine-tuned copy) differ in it.
     """
     rows = []
     for name, module in model.named_modules():
@@ -59,15 +55,15 @@ def base_fingerprint(model) -> str | None:
             weight = getattr(module, "base_layer", module).weight  # PEFT wraps the layers it adapts
             if not weight.is_floating_point():
                 return None
+            # The 6B is stored in bfloat16: rounded to it, a row is the same however the model was loaded.
             rows.append(weight[0].detach().to("cpu", torch.bfloat16).view(torch.int16))
     return hashlib.sha256(torch.cat(rows).numpy().tobytes()).hexdigest()[:16]
 
 
-def _refuse_other_base(model, directory: Path) -> None:
+def _check_base(model, directory: Path) -> None:
     if not (directory / ADAPTER_RECORD).is_file():  # an adapter from elsewhere: only its shapes can be checked
         return
-    trained_on = read_json(directory / ADAPTER_RECORD).get("base")
-    given = base_fingerprint(model)
+    trained_on, given = read_json(directory / ADAPTER_RECORD).get("base"), base_fingerprint(model)
     if trained_on and given and trained_on != given:
         raise CheckpointError(
             f"LoRA adapter 是在另一个底模上训练的 [adapter for another base]：{directory}。"
@@ -82,7 +78,7 @@ def adapter_card(directory: str | Path) -> SessionMeta | None:
 
 
 def adapter_file(directory: Path) -> Path:
-    """The intact weight file of a PEFT adapter; `CheckpointError` if the directory holds none."""
+    """The whole weight file of a PEFT adapter; `CheckpointError` if the directory holds none."""
     if not (directory / "adapter_config.json").is_file():
         raise CheckpointError(
             f"这不是 LoRA adapter 目录 [not an adapter directory]：{directory}，缺少 adapter_config.json"
@@ -90,5 +86,5 @@ def adapter_file(directory: Path) -> Path:
     read_json(directory / "adapter_config.json")
     names = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT prefers them
     file = next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
-    verify_weight_file(file, "请重新训练，或重新复制 adapter 目录")
+    check_weight_file(file, "请重新训练，或重新复制 adapter 目录")
     return file

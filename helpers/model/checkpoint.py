@@ -1,8 +1,6 @@
 """Is this directory a complete CharacterGLM checkpoint? Cheap checks on the files, and clear errors when one fails."""
 
 import json
-import re
-import struct
 import zipfile
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from .compat import load_state_dict
 
 WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -30,10 +29,11 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def verify_checkpoint(directory: Path) -> list[Path]:
-    """Check that `directory` holds a complete CharacterGLM checkpoint and return its weight files.
+def check_checkpoint(directory: Path) -> list[Path]:
+    """Check that `directory` holds the whole files of a CharacterGLM checkpoint and return its weight files.
 
-    Reads the JSON files and the first and last bytes of the weight files, so it takes milliseconds on 12.5 GB.
+    Reads settings, names and shapes, no weights: milliseconds on 12.5 GB. Whether the weights are those that the
+    config needs, `CharacterGLMForCausalLM.from_pretrained` checks while it reads them.
 
     Raises:
         CheckpointError: naming the file at fault and the way out.
@@ -44,18 +44,18 @@ def verify_checkpoint(directory: Path) -> list[Path]:
         )
     if not any(directory.iterdir()):
         raise CheckpointError(f"模型目录是空的 [empty directory]：{directory}。先运行 python -m helpers download")
-    config = read_json(directory / "config.json")
-    if config.get("model_type") != "chatglm":
+    if (model_type := read_json(directory / "config.json").get("model_type")) != "chatglm":
         raise CheckpointError(
             f"这不是 CharacterGLM 的模型目录 [not a CharacterGLM directory]：{directory} 的 config.json 里 "
-            f"model_type={config.get('model_type')!r}，应为 'chatglm'"
+            f"model_type={model_type!r}，应为 'chatglm'"
         )
     for name in OTHER_SETTINGS:
         if (directory / name).exists():
             read_json(directory / name)
     files = weight_files(directory)
     for file in files:
-        verify_weight_file(file)
+        check_weight_file(file)
+        stored_tensors(file)
     return files
 
 
@@ -85,130 +85,69 @@ def _files_of_index(index: Path) -> list[Path]:
     return [index.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
-def verify_weight_file(file: Path, way_out: str = REDOWNLOAD) -> None:
+def check_weight_file(file: Path, way_out: str = REDOWNLOAD) -> None:
     """Raise `CheckpointError` if `file` is missing or was cut short; `way_out` ends the message."""
     if not file.is_file():
         raise CheckpointError(f"缺少权重分片 {file.name} [missing shard]：{file}。{way_out}")
-    intact = _safetensors_intact(file) if file.suffix == ".safetensors" else _torch_archive_intact(file)
-    if not intact:
+    if not _is_whole(file):
         raise CheckpointError(
             f"权重文件 {file.name} 不完整或已损坏 [truncated or corrupt]：{file}，"
             f"现有 {file.stat().st_size:,} 字节。{way_out}"
         )
 
 
-def _torch_archive_intact(file: Path) -> bool:
-    # A torch checkpoint is a zip archive, whose table of contents is at the end: a cut file has none.
-    return zipfile.is_zipfile(file)
-
-
-def _safetensors_intact(file: Path) -> bool:
+def _is_whole(file: Path) -> bool:
+    if file.suffix != ".safetensors":
+        # A torch checkpoint is a zip archive, whose table of contents is at the end: a cut file has none.
+        return zipfile.is_zipfile(file)
     try:
-        header, start = _safetensors_header(file)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error):
+        with safe_open(file, "pt"):  # compares the header with the size of the file
+            return True
+    except (SafetensorError, OSError, ValueError):
         return False
-    return file.stat().st_size == start + end
 
 
-def _safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
-    # 8 bytes of header length, the header (JSON), then the data, to which the offsets in the header refer.
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if 8 + length > file.stat().st_size:
-            raise ValueError("header longer than the file")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
-def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in an intact weight file. Their data is not read: milliseconds on 10 GB.
+def stored_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Name, shape and dtype of the tensors in a whole weight file, on the meta device: their data is not read.
 
     Raises:
-        CheckpointError: a `.bin` holds anything but named tensors (see `open_bin`).
-    """
-    if file.suffix == ".safetensors":
-        return {name: tuple(entry["shape"]) for name, entry in _safetensors_header(file)[0].items()}
-    return {name: tuple(tensor.shape) for name, tensor in open_bin(file, "meta").items()}
-
-
-def open_bin(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The tensors of a `.bin`. They stay in the file, mapped into memory, until their numbers are used.
-
-    Args:
-        device: "meta" for tensors with shape and dtype and no data.
-
-    Raises:
-        CheckpointError: it holds anything but named tensors. Such a pickle could run code when it is opened; it is read
-            with `weights_only`, which refuses instead.
+        CheckpointError: a `.bin` holds anything but named tensors. Such a pickle could run code when it is opened; it
+            is read with `weights_only`, which refuses instead.
     """
     try:
-        tensors = torch.load(file, map_location=device, weights_only=True, mmap=True)
+        tensors = load_state_dict(file, map_location="meta")
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise TypeError("holds more than tensors")
         return tensors
-    except Exception as error:
+    except Exception as error:  # whatever a damaged pickle can raise
         raise CheckpointError(
             f"拒绝加载 {file.name}：里面不只是张量，可能藏有可执行代码 [unsafe pickle refused]：{file}。"
             "请从 ModelScope 重新下载官方权重，不要使用来历不明的 .bin"
         ) from error
 
 
-def holds_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether a safetensors file holds exactly these tensors, bit for bit."""
-    try:
-        with safe_open(file, "pt") as stored:
-            same_names = set(stored.keys()) == tensors.keys()
-            return same_names and all(_same_bits(stored.get_tensor(name), tensors[name]) for name in tensors)
-    except (OSError, SafetensorError):
-        return False
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # As bytes: a NaN does not equal itself.
-    same_kind = one.dtype == other.dtype and one.shape == other.shape
-    return same_kind and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
-
-
-def verify_weights(directory: Path, *layouts: dict[str, tuple[int, ...]], ignored: str | None = None) -> None:
-    """Check that a checkpoint holds exactly the weights of one of `layouts` (name to shape).
-
-    transformers would only warn about missing weights and go on with random numbers in their place.
+def check_loaded_weights(directory, loading_info: dict) -> None:
+    """Raise `CheckpointError` if transformers had to make weights up or could not use some of them.
 
     Args:
-        ignored: a regular expression for names that may be there without being in the layout.
-
-    Raises:
-        CheckpointError: naming weight and file.
+        loading_info: what `from_pretrained(..., output_loading_info=True)` returns; its names are GLM's.
     """
-    shapes, home = {}, {}
-    for file in weight_files(directory):
-        found = stored_shapes(file)
-        shapes.update(found)
-        home.update(dict.fromkeys(found, file.name))
-    expected = max(layouts, key=lambda layout: len(layout.keys() & shapes.keys()))
-    unknown = [name for name in shapes if name not in expected and not (ignored and re.search(ignored, name))]
-    wrong = [name for name in expected if name in shapes and shapes[name] != tuple(expected[name])]
-    _refuse_weights(directory, "缺少权重 [missing keys]", [name for name in expected if name not in shapes])
-    _refuse_weights(directory, "有不认识的权重 [unexpected keys]", [f"{home[name]} 里的 {name}" for name in unknown])
-    _refuse_weights(
-        directory,
-        "权重的形状与 config.json 不符 [wrong shape]",
-        [f"{home[name]} 里的 {name} 是 {shapes[name]}，应为 {tuple(expected[name])}" for name in wrong],
+    problems = {
+        "missing_keys": "缺少权重 [missing keys]",
+        "unexpected_keys": "有不认识的权重 [unexpected keys]",
+        "mismatched_keys": "权重的形状与 config.json 不符 [wrong shape]",
+    }
+    for kind, problem in problems.items():
+        if found := sorted(loading_info[kind]):
+            example = found[0]
+            if kind == "mismatched_keys":
+                name, stored, expected = example
+                example = f"{name} 是 {tuple(stored)}，应为 {tuple(expected)}"
+            raise unusable_weights(directory, problem, f"有 {len(found)} 处，例如 {example}")
+
+
+def unusable_weights(directory, problem: str, example: str) -> CheckpointError:
+    """The error for weights that do not fit the config."""
+    return CheckpointError(
+        f"{problem}：{directory} 里{example}。没有用随机数代替。config.json 和权重必须来自同一个模型，{REDOWNLOAD}"
     )
-
-
-def _refuse_weights(directory, problem: str, examples: list[str]) -> None:
-    if examples:
-        raise CheckpointError(
-            f"{problem}：{directory} 里有 {len(examples)} 处，例如 {examples[0]}。"
-            f"没有用随机数代替。config.json 和权重必须来自同一个模型，{REDOWNLOAD}"
-        )
-
-
-def refuse_missing_weights(directory, loading_info: dict) -> None:
-    """Raise `CheckpointError` if transformers had to make weights up or could not use some of them."""
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "conversion_errors"):
-        names = sorted(map(str, loading_info.get(kind) or ()))
-        _refuse_weights(directory, f"权重与模型对不上 [{kind.replace('_', ' ')}]", names)

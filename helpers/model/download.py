@@ -1,14 +1,13 @@
 """CharacterGLM-6B from ModelScope: where it goes, whether it is there already, fetching it and checking every byte."""
 
 import errno
-import hashlib
 import os
 from fnmatch import fnmatch
 from pathlib import Path
 
 from ..errors import CheckpointError, HelpersError
 from ..paths import MARGIN_BYTES, check_disk_space, write_json
-from .checkpoint import REDOWNLOAD, WEIGHT_INDEXES, read_json, verify_checkpoint
+from .checkpoint import REDOWNLOAD, WEIGHT_INDEXES, check_checkpoint, read_json
 
 MODEL_ID = "THUCoAI/CharacterGLM-6B"
 HUGGING_FACE_IDS = {MODEL_ID: "thu-coai/CharacterGLM-6B"}
@@ -21,10 +20,21 @@ SETTINGS = (
     *("README.md", "*LICENSE*"),
 )
 WEIGHT_FORMATS = (("model*.safetensors", WEIGHT_INDEXES[0]), ("pytorch_model*.bin", WEIGHT_INDEXES[1]))
-MANIFEST = ".verified.json"  # beside the files: size and sha256 of each, written when all agreed with the hub
-BLOCK_BYTES = 1 << 23
+MANIFEST = ".verified.json"  # beside the files: the size of each, written when all agreed with the hub
 RESUME_AFTER = "已下载的部分会保留，解决后再运行一次就从断点继续："
-PROXY_HINT = "；开过 network_turbo 的话先 unset http_proxy https_proxy"
+CHECK_NETWORK = f"{RESUME_AFTER}检查网络；开过 network_turbo 的话先 unset http_proxy https_proxy"
+DENIED = "ModelScope 不允许下载 {what} [access denied]：请先登录或申请"
+REASONS = {  # by the name of the client's exception
+    "NotExistError": "ModelScope 上没有 {what} [not found, HTTP 404]：请检查模型名",
+    "AuthenticationError": DENIED,
+    "PermissionDeniedError": DENIED,
+    "RateLimitError": f"请求太频繁，ModelScope 拒绝了 [rate limited, HTTP 429]。{RESUME_AFTER}等几分钟",
+    "ServerError": f"ModelScope 的服务器出错 [server error]（{{what}}）。{RESUME_AFTER}等几分钟",
+    "FileIntegrityError": "收到的 {what} 与 ModelScope 登记的大小或 sha256 不符 [wrong size or sha256]，没有保留。"
+    "请换一个网络或关掉代理再试",
+    "RequestTimeoutError": f"连接停住了 [stalled]（{{what}}）。{CHECK_NETWORK}",
+    "NetworkError": f"连不上 ModelScope，或连接断了 [no connection]（{{what}}）。{CHECK_NETWORK}",
+}
 
 
 def default_model_dir(model_id: str = MODEL_ID) -> Path:
@@ -62,29 +72,26 @@ def find_downloaded(model_id: str = MODEL_ID) -> Path | None:
     return next(filter(_is_complete, candidate_dirs(model_id)), None)
 
 
-def verify_download(directory: Path) -> None:
-    """Raise `CheckpointError` unless weights, config and tokenizer are there, of the sizes verified earlier.
+def check_download(directory: Path) -> None:
+    """Raise `CheckpointError` unless weights, config and tokenizer are there, of the sizes they had when downloaded.
 
     Takes milliseconds; for every byte see `damaged_files`.
     """
-    verify_checkpoint(directory)
+    check_checkpoint(directory)
     if not (directory / "tokenizer.model").is_file():
         raise CheckpointError(f"缺少文件 tokenizer.model [missing file]：{directory}。{REDOWNLOAD}")
-    for name, entry in _manifest(directory).items():
+    recorded = read_json(directory / MANIFEST)["files"] if (directory / MANIFEST).is_file() else {}
+    for name, entry in recorded.items():
         if not (directory / name).is_file() or (directory / name).stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{name} 的大小变了 [size changed]：{directory}。{REDOWNLOAD}")
 
 
 def _is_complete(directory: Path) -> bool:
     try:
-        verify_download(directory)
+        check_download(directory)
     except CheckpointError:
         return False
     return True
-
-
-def _manifest(directory: Path) -> dict[str, dict]:
-    return read_json(directory / MANIFEST).get("files", {}) if (directory / MANIFEST).is_file() else {}
 
 
 def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None, *, verify: bool = False) -> Path:
@@ -94,7 +101,8 @@ def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None
 
     Args:
         local_dir: the target; by default `default_model_dir()`.
-        verify: read every byte of a model that is already there, and fetch again what is damaged.
+        verify: compare every byte of a model that is already there with what ModelScope lists, and fetch again what
+            is damaged.
 
     Returns:
         The directory with the complete checkpoint.
@@ -106,14 +114,20 @@ def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None
     """
     target = Path(local_dir).expanduser() if local_dir is not None else default_model_dir(model_id)
     found = find_downloaded(model_id) if local_dir is None else target if _is_complete(target) else None
-    if found and not (verify and damaged_files(found)):
-        print(f"模型已经在这里 [already downloaded]：{found}" + ("，每个字节都对 [verified]" if verify else ""))
+    if found and not verify:
+        print(f"模型已经在这里 [already downloaded]：{found}")
         return found
     target = found or target
     try:
         files = list_files(model_id)
-        check_disk_space(target, bytes_needed(target, {name: size for name, (size, _) in files.items()}))
+        if found and not (damaged := damaged_files(model_id, found, files)):
+            print(f"模型已经在这里 [already downloaded]：{found}，每个字节都对 [verified]")
+            return found
+        if found:
+            print(f"文件损坏，将重新下载 [damaged]：{'、'.join(damaged)}")
+        check_disk_space(target, bytes_needed(target, files))
         _fetch(model_id, target, list(files))
+        _check_and_record(model_id, target, files)
     except KeyboardInterrupt:
         print("下载中断了 [interrupted]：已有的部分会保留，再运行一次会从断点继续")
         raise
@@ -121,16 +135,15 @@ def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None
         raise
     except Exception as error:
         raise _explained(error, model_id, target) from error
-    _verify_and_record(model_id, target, files)
     print(f"下载完成，大小和 sha256 都与 ModelScope 登记的一致 [downloaded and verified]：{target}")
     return target
 
 
-def list_files(model_id: str) -> dict[str, tuple[int, str | None]]:
-    """The files to fetch, as ModelScope lists them: name to (bytes, sha256 or None)."""
+def list_files(model_id: str) -> dict[str, int]:
+    """The files to fetch, as ModelScope lists them: name to bytes."""
     from modelscope_hub import HubApi
 
-    listed = {file.path: (file.size, file.sha256) for file in HubApi().list_repo_files(model_id, "model")}
+    listed = {file.path: file.size for file in HubApi().list_repo_files(model_id, "model")}
     return {name: listed[name] for name in needed_files(listed)}
 
 
@@ -180,58 +193,28 @@ def _size_on_disk(file: Path) -> int:
     return next((path.stat().st_size for path in (file, Path(f"{file}.incomplete")) if path.is_file()), 0)
 
 
-def _verify_and_record(model_id: str, target: Path, files: dict[str, tuple[int, str | None]]) -> None:
+def damaged_files(model_id: str, directory: Path, files: dict[str, int]) -> list[str]:
+    """Which of `files` (name to bytes) are not in `directory` byte for byte as ModelScope has them. Reads them all."""
+    from modelscope_hub import HubApi
+
+    print(f"校验 sha256，12.5 GB 约一分钟 [verifying]：{directory}")
+    result = HubApi().verify_cache(model_id, local_dir=directory)
+    differ = {*result.missing_paths, *(mismatch.path for mismatch in result.mismatches)}
+    return [name for name, size in files.items() if name in differ or (directory / name).stat().st_size != size]
+
+
+def _check_and_record(model_id: str, target: Path, files: dict[str, int]) -> None:
     # A version of modelscope reported success although files had failed: believe only what is on the disk.
-    missing = [name for name in files if not (target / name).is_file()]
-    if missing:
-        raise CheckpointError(f"下载结束了，但缺少 {'、'.join(missing)} [missing file]：{target}。{REDOWNLOAD}")
-    found = _measure(target, files)
-    wrong = [
-        name
-        for name, (size, sha256) in files.items()
-        if found[name]["bytes"] != size or found[name]["sha256"] != (sha256 or found[name]["sha256"])
-    ]
+    wrong = damaged_files(model_id, target, files)
     for name in wrong:
-        (target / name).unlink()  # else the next start would take it for good
+        (target / name).unlink(missing_ok=True)  # else the next start would take it for good
     if wrong:
         raise CheckpointError(
-            f"{'、'.join(wrong)} 与 ModelScope 登记的大小或 sha256 不符 [wrong size or sha256]，已删除：{target}。{REDOWNLOAD}"
+            f"{'、'.join(wrong)} 缺少，或与 ModelScope 登记的大小或 sha256 不符 [wrong size or sha256]，已删除："
+            f"{target}。{REDOWNLOAD}"
         )
-    write_json(target / MANIFEST, {"model_id": model_id, "files": found})
-    verify_download(target)
-
-
-def damaged_files(directory: Path) -> list[str]:
-    """Names of the files whose bytes are not those verified after the download; reads them all.
-
-    A directory that was never verified gives the name of its missing manifest.
-    """
-    recorded = _manifest(directory)
-    if not recorded:
-        return [MANIFEST]
-    found = _measure(directory, [name for name in recorded if (directory / name).is_file()])
-    damaged = [name for name, entry in recorded.items() if found.get(name) != entry]
-    if damaged:
-        print(f"文件损坏，将重新下载 [damaged]：{'、'.join(damaged)}")
-    return damaged
-
-
-def _measure(directory: Path, names) -> dict[str, dict]:
-    """Size and sha256 of files, with a progress bar: 12.5 GB take from ten seconds to a minute."""
-    from tqdm.auto import tqdm
-
-    sizes = {name: (directory / name).stat().st_size for name in names}
-    with tqdm(total=sum(sizes.values()), desc="校验 sha256", unit="B", unit_scale=True) as progress:
-        return {name: {"bytes": size, "sha256": _sha256(directory / name, progress)} for name, size in sizes.items()}
-
-
-def _sha256(file: Path, progress) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-            progress.update(len(block))
-    return digest.hexdigest()
+    write_json(target / MANIFEST, {"model_id": model_id, "files": {name: {"bytes": files[name]} for name in files}})
+    check_download(target)
 
 
 def _explained(error: Exception, model_id: str, target: Path) -> HelpersError:
@@ -241,33 +224,16 @@ def _explained(error: Exception, model_id: str, target: Path) -> HelpersError:
     name, cause = next(iter(getattr(error, "failed_files", {}).items()), (None, error))
     cause = cause.__cause__ if isinstance(cause.__cause__, hub.HubError) else cause  # wrapped for older callers
     what = f"{model_id} 的 {name}" if name else model_id
-    if (number := getattr(cause, "errno", None)) in (errno.ENOSPC, errno.EDQUOT):
+    number = getattr(cause, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return HelpersError(
             f"磁盘写满了 [disk full]：{target} 所在的磁盘。{RESUME_AFTER}清理数据盘、或换一个 local_dir"
         )
     if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return HelpersError(f"不能写入 [cannot write]：{target}（{cause.strerror}）。请把 local_dir 指到可写的目录")
-    reasons = [
-        (hub.NotExistError, f"ModelScope 上没有 {what} [not found, HTTP 404]：请检查模型名"),
-        (
-            (hub.AuthenticationError, hub.PermissionDeniedError),
-            f"ModelScope 不允许下载 {what} [access denied]：请先登录或申请",
-        ),
-        (hub.RateLimitError, f"请求太频繁，ModelScope 拒绝了 [rate limited, HTTP 429]。{RESUME_AFTER}等几分钟"),
-        (hub.ServerError, f"ModelScope 的服务器出错 [server error]（{what}）。{RESUME_AFTER}等几分钟"),
-        (
-            hub.FileIntegrityError,
-            f"收到的 {what} 与 ModelScope 登记的大小或 sha256 不符 [wrong size or sha256]，没有保留。请换一个网络或关掉代理再试",
-        ),
-        (hub.RequestTimeoutError, f"连接停住了 [stalled]（{what}）。{RESUME_AFTER}检查网络{PROXY_HINT}"),
-        (
-            hub.NetworkError,
-            f"连不上 ModelScope，或连接断了 [no connection]（{what}）。{RESUME_AFTER}检查网络{PROXY_HINT}",
-        ),
-    ]
-    for kinds, message in reasons:
-        if isinstance(cause, kinds):
-            return HelpersError(message)
+    for kind in type(cause).mro():  # the closest kind first: a timeout is also a NetworkError
+        if message := REASONS.get(kind.__name__):
+            return HelpersError(message.format(what=what))
     return HelpersError(f"下载没有完成 [download failed]（{what}）：{cause}。再运行一次会从断点继续")
 
 

@@ -15,7 +15,7 @@ from ..errors import CheckpointError, HelpersError
 from ..paths import PROJECT_DIR
 from . import modeling, tokenization
 from .adapters import add_adapter
-from .checkpoint import verify_checkpoint, weight_files
+from .checkpoint import check_checkpoint, weight_files
 from .download import find_downloaded
 from .kv_cache import QUANTIZED_OR_COMPILED, compile_decoding
 
@@ -25,11 +25,7 @@ SMALL_CHECKPOINT_BYTES = 1 << 30  # below this, float32 on a CPU is the simplest
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 logger = logging.getLogger(__name__)
 modeling.register()
-
-
 tokenization.register()
-
-
 # PEFT 0.21 asks for a property by the name it had before transformers 5.23: nothing that a reader could change.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
@@ -49,23 +45,19 @@ class LoadChoice:
 
 
 def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, adapter=None, compile=False):
-    """Load a CharacterGLM model for inference.
-
-    Memory holds one copy of the weights, `.bin` or safetensors (`benchmarks/loading.py`). On a CPU, in the dtype of the
-    files, they stay in the files, mapped into memory, and are read when they are first used.
+    """Load a CharacterGLM model for inference. Memory holds one copy of the weights (`benchmarks/loading.py`).
 
     Args:
         model: "auto" (6b on a CUDA GPU of at least 16 GB, else nano), "nano", "6b", or a model directory.
-        dtype: "auto", "float32", "float16", "bfloat16" or a `torch.dtype`. "auto": bfloat16 on a GPU that computes in
-            it, float16 on older GPUs, and on a CPU float32 for small models and bfloat16 for large ones.
+        dtype: "float32", "float16", "bfloat16", a `torch.dtype`, or "auto": bfloat16 on a GPU that computes in it,
+            float16 on older GPUs, and on a CPU float32 for small models and bfloat16 for large ones.
         device_map: as in transformers; "auto" uses the GPUs there are, else the CPU.
-        quantization: None, "int8" or "nf4": the weights of the linear layers in 8 or 4 bits (bitsandbytes), on a GPU
-            or a CPU. Embedding, output layer and computation stay in `dtype`. On a CPU replies are slower for it; see
-            `benchmarks/decoding.py` for speed, memory and perplexity.
+        quantization: None, "int8" or "nf4": the weights of the linear layers in 8 or 4 bits (bitsandbytes); embedding,
+            output layer and computation stay in `dtype`. Slower on a CPU, see `benchmarks/decoding.py`.
         adapter: directory of a PEFT LoRA adapter to put on top.
-        compile: decode with torch.compile, on a CUDA GPU with CUDA graphs. The first reply takes about a minute longer,
-            the later ones are faster, and prompt and reply together have at most `kv_cache.STATIC_TOKENS` tokens. Not
-            together with `quantization`. The API server has its own engine and does not use it.
+        compile: decode with torch.compile: the first reply takes about a minute longer, later ones are faster, and
+            prompt and reply together have at most `kv_cache.STATIC_TOKENS` tokens. Not with `quantization`, and not in
+            the API server.
 
     Returns:
         `(model, tokenizer)`, the model in evaluation mode.
@@ -128,26 +120,16 @@ def pick_model(model="auto") -> tuple[str, str]:
 
 def _resolve(model) -> tuple[Path, str]:
     name, reason = pick_model(model)
-    if name == "nano":
-        path = NANO_DIR
-    elif name == "6b":
-        path = _downloaded_6b()
-    else:
-        path = Path(name).expanduser()
-        if not name or not path.is_dir():
-            raise CheckpointError(f"没有这个模型 [unknown model]：{name!r}。可选 auto、nano、6b，或一个模型目录的路径")
-    verify_checkpoint(path)
-    return path, reason
-
-
-def _downloaded_6b() -> Path:
-    path = find_downloaded()
+    path = NANO_DIR if name == "nano" else find_downloaded() if name == "6b" else Path(name).expanduser()
     if path is None:
         raise CheckpointError(
             "这台机器上没有 CharacterGLM-6B [model not downloaded]：先运行 helpers.download_model() "
             "或 python -m helpers download；没有 GPU 时用 MODEL='nano'"
         )
-    return path
+    if not name or not path.is_dir():
+        raise CheckpointError(f"没有这个模型 [unknown model]：{name!r}。可选 auto、nano、6b，或一个模型目录的路径")
+    check_checkpoint(path)
+    return path, reason
 
 
 def gpu_gib() -> float:

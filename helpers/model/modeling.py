@@ -11,24 +11,16 @@ modelling code here. Three declarations are enough:
 Checked against the original code in `tests/unit/test_parity.py`: float32 logits within 1e-5, greedy tokens identical.
 """
 
+import logging
 import math
-from copy import deepcopy
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GlmConfig, GlmForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import (
-    Split,
-    WeightConverter,
-    WeightRenaming,
-    apply_renamings,
-    revert_weight_conversion,
-)
-from transformers.initialization import no_init_weights
 
 from ..errors import UnsupportedConfigError
-from .checkpoint import refuse_missing_weights, verify_checkpoint, verify_weights
+from .checkpoint import check_checkpoint, check_loaded_weights, unusable_weights
+from .compat import Split, WeightConverter, WeightRenaming, register_checkpoint_conversion_mapping
 
 MODEL_TYPE = "chatglm"
 # Settings of the original config.json that change the computation, with the only value GLM implements.
@@ -83,7 +75,7 @@ class CharacterGLMConfig(GlmConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs):
-        refuse_unsupported_settings(kwargs)
+        check_settings(kwargs)
         kwargs.pop("auto_map", None)  # remote code has no part in this, nor in what is saved
         kwargs.setdefault("rope_theta", 10000.0 * checked_rope_ratio(kwargs.get("rope_ratio")))
         super().__post_init__(**kwargs)
@@ -91,7 +83,7 @@ class CharacterGLMConfig(GlmConfig):
             self.num_key_value_heads = self.num_attention_heads
 
 
-def refuse_unsupported_settings(settings: dict) -> None:
+def check_settings(settings: dict) -> None:
     """Raise `UnsupportedConfigError` for the first setting GLM would silently ignore."""
     for name, required in REQUIRED_SETTINGS.items():
         value = settings.get(name, required)
@@ -120,18 +112,20 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As in transformers, but a directory is checked first and missing weights are an error.
+        """As in transformers, but damaged files and missing weights are an error.
 
         transformers only warns about missing weights and goes on with random numbers in their place.
 
         Raises:
-            CheckpointError: files missing or damaged, weights missing, or of the wrong shape.
+            CheckpointError: files missing or damaged, weights missing, unknown, or of the wrong shape.
         """
         path = pretrained_model_name_or_path
         if path is not None and Path(path).is_dir() and kwargs.get("state_dict") is None:
-            verify_model(Path(path), kwargs.get("config"))
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        refuse_missing_weights(path, info)
+            check_checkpoint(Path(path))
+        kwargs["ignore_mismatched_sizes"] = True  # they come back in `info` then, with both shapes
+        with _one_clear_error(path):
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            check_loaded_weights(path, info)
         keep_quantised_layout(model)
         return (model, info) if output_loading_info else model
 
@@ -153,6 +147,26 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
         return super().load_state_dict(native_state_dict(state_dict, self.config), *args, **kwargs)
 
 
+@contextmanager
+def _one_clear_error(path):
+    """Without transformers' table of the weights that it made up: they are refused, in one line."""
+    log = logging.getLogger("transformers.modeling_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        # The only conversion is the split of query_key_value, at the sizes that the config gives.
+        wrong = unusable_weights(
+            path, "权重的形状与 config.json 不符 [wrong shape]", "的 query_key_value 不能分成 q、k、v"
+        )
+        raise wrong from error
+    finally:
+        log.setLevel(level)
+
+
 def keep_quantised_layout(model) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference, which it does on CPUs with AVX512-BF16.
 
@@ -165,75 +179,38 @@ def keep_quantised_layout(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def verify_model(directory: Path, config=None) -> None:
-    """Check that `directory` holds a complete checkpoint, with exactly the weights that its config needs.
-
-    Reads names and shapes of the weights, not their data: milliseconds on 12.5 GB.
-
-    Raises:
-        CheckpointError: files missing or damaged, weights missing, unknown, or of the wrong shape.
-    """
-    verify_checkpoint(directory)
-    if not isinstance(config, CharacterGLMConfig):
-        config = CharacterGLMConfig.from_pretrained(config or directory)
-    if getattr(config, "quantization_config", None) is None:  # quantised on disk: packed weights, other shapes
-        optional = [*CharacterGLMForCausalLM._keys_to_ignore_on_load_unexpected]
-        if config.tie_word_embeddings:  # the output layer is the embedding, and may be stored again
-            optional += [r"^transformer\.output_layer\.weight$", r"^lm_head\.weight$"]
-        verify_weights(directory, *expected_shapes(config), ignored="|".join(optional))
-
-
-def expected_shapes(config: CharacterGLMConfig) -> tuple[dict, dict]:
-    """Names and shapes of the weights a checkpoint with this config must hold: in the original layout, and in GLM's."""
-    one_block = deepcopy(config)
-    one_block.num_hidden_layers = 1
-    with torch.device("meta"), no_init_weights():  # shapes only: no memory, no random numbers
-        model = CharacterGLMForCausalLM(one_block)
-    native = model.state_dict()
-    if config.tie_word_embeddings:
-        native.pop("lm_head.weight")
-    original = revert_weight_conversion(model, native)
-    return tuple(_repeat_block(layout, config.num_hidden_layers) for layout in (original, native))
-
-
-def _repeat_block(tensors: dict[str, torch.Tensor], blocks: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model with `blocks` blocks, which are all alike, from the tensors of a model with one."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    first = {name: shapes.pop(name) for name in tensors if ".layers.0." in name}
-    return shapes | {
-        name.replace(".layers.0.", f".layers.{number}."): shape
-        for number in range(blocks)
-        for name, shape in first.items()
-    }
+# Original name -> GLM name.
+RENAMED_WEIGHTS = {
+    "transformer.embedding.word_embeddings": "model.embed_tokens",
+    "transformer.encoder.final_layernorm": "model.norm",
+    "transformer.output_layer": "lm_head",
+    "transformer.encoder.layers": "model.layers",
+    "self_attention.dense": "self_attn.o_proj",
+    "mlp.dense_h_to_4h": "mlp.gate_up_proj",
+    "mlp.dense_4h_to_h": "mlp.down_proj",
+}
 
 
 def _qkv(suffix: str) -> WeightConverter:
-    """One fused query_key_value tensor becomes q, k and v, split by rows at the sizes of the three parameters."""
+    """One fused query_key_value tensor becomes q, k and v, split by rows at the sizes of the three parameters.
+
+    In the 6B, with 32 query heads and 2 key-value heads of 128: [4608, 4096] -> [4096, 4096], [256, 4096], [256, 4096].
+    """
     parts = [f"self_attn.{name}_proj.{suffix}" for name in "qkv"]
     return WeightConverter(f"self_attention.query_key_value.{suffix}", parts, operations=[Split(dim=0)])
 
 
-# Original name -> GLM name. transformers applies it while it reads the files, and backwards in save_pretrained.
-WEIGHT_MAPPING = [
-    WeightRenaming("transformer.embedding.word_embeddings", "model.embed_tokens"),
-    WeightRenaming("transformer.encoder.final_layernorm", "model.norm"),
-    WeightRenaming("transformer.output_layer", "lm_head"),
-    WeightRenaming("transformer.encoder.layers", "model.layers"),
-    WeightRenaming("self_attention.dense", "self_attn.o_proj"),
-    WeightRenaming("mlp.dense_h_to_4h", "mlp.gate_up_proj"),
-    WeightRenaming("mlp.dense_4h_to_h", "mlp.down_proj"),
-    _qkv("weight"),
-    _qkv("bias"),
-]
+# transformers applies it while it reads the files, and backwards in save_pretrained.
+WEIGHT_MAPPING = [*(WeightRenaming(*names) for names in RENAMED_WEIGHTS.items()), _qkv("weight"), _qkv("bias")]
 
 
 def native_state_dict(state_dict: dict, config: CharacterGLMConfig) -> dict:
-    """`state_dict` with GLM's names, whichever of the two layouts it has."""
-    renamings = [mapping for mapping in WEIGHT_MAPPING if isinstance(mapping, WeightRenaming)]
+    """`state_dict` with GLM's names, whichever of the two layouts it has: the same as `WEIGHT_MAPPING`, in memory."""
     rows = [config.head_dim * n for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
     native = {}
     for name, tensor in state_dict.items():
-        name = apply_renamings(name, renamings)
+        for original, glm in RENAMED_WEIGHTS.items():
+            name = name.replace(original, glm)
         if ".query_key_value." in name:
             layer, suffix = name.split(".self_attention.query_key_value.")
             native |= {f"{layer}.self_attn.{p}_proj.{suffix}": part for p, part in zip("qkv", tensor.split(rows))}

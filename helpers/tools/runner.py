@@ -1,6 +1,5 @@
 """Runs the notebooks headless with papermill: checked parameters, progress, executed copies, one report."""
 
-import difflib
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..errors import HelpersError
+from ..errors import HelpersError, did_you_mean
 from ..inspect.receipt import checked, collect_versions, receipt_path, utc_now
 from ..paths import PROJECT_DIR, write_json
 
@@ -147,9 +146,7 @@ def refuse_unknown(given: dict[str, Any], known: list[str]) -> None:
     unknown = [name for name in given if name not in known]
     if not unknown:
         return
-    close = difflib.get_close_matches(unknown[0].upper(), known, n=1)
-    hint = f"是不是 {close[0]} [did you mean]？" if close else ""
-    names, choice = "、".join(unknown), " ".join(known) or "无 none"
+    hint, names, choice = did_you_mean(unknown[0].upper(), known), "、".join(unknown), " ".join(known) or "无 none"
     raise RunError(f"未知参数 {names} [unknown parameter]：{hint}可用参数 [known]：{choice}")
 
 
