@@ -19,7 +19,7 @@ from ..model.modeling import native_state_dict
 from ..paths import new_folder
 
 SHARD_SIZE = "2GB"  # of the files written
-HANDED_ON = ("README.md", "*LICENSE*")
+HANDED_ON = ("tokenizer.model", "README.md", "*LICENSE*")
 
 
 def convert_checkpoint(model: str | Path, directory: str | Path) -> Path:

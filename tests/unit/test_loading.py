@@ -430,7 +430,10 @@ DAMAGES = {
         in_safetensors(change_header(lambda h: h.replace(b"data_offsets", b"data_0ffsets"))),
         TRUNCATED,
     ),
-    "weight missing from index and shard": (drop_weight(QKV_BIAS, True), r"\[missing keys\].*layers\.1\.self_attn\.k_proj\.bias"),
+    "weight missing from index and shard": (
+        drop_weight(QKV_BIAS, True),
+        r"\[missing keys\].*layers\.1\.self_attn\.k_proj\.bias",
+    ),
     "weight missing from the shard only": (drop_weight(OUTPUT, False), r"\[missing keys\].*lm_head"),
     "norm missing": (
         drop_weight("transformer.encoder.final_layernorm.weight", True),
