@@ -63,7 +63,7 @@ def new_folder(target: Path, sizes: dict[str, int], source: Path) -> Iterator[Pa
     Raises:
         HelpersError: the target is in use or not writable, or the disk is full. What was there is kept.
     """
-    _refuse_unusable(target, source)
+    _check_usable(target, source)
     check_disk_space(target, sum(sizes.values()) + MARGIN_BYTES)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def new_folder(target: Path, sizes: dict[str, int], source: Path) -> Iterator[Pa
         raise _explained(error, target) from error
 
 
-def _refuse_unusable(target: Path, source: Path) -> None:
+def _check_usable(target: Path, source: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise HelpersError(
             f"目标已经有别的内容 [target not empty]：{target}。没有改动它，请换一个新目录，或先移走里面的文件"

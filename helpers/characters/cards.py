@@ -1,4 +1,4 @@
-"""Personas: `SessionMeta` (the four fields of CharacterGLM's prompt) and `CharacterCard` (with greeting and source)."""
+"""Character-card V2, the format of role-play front-ends, as JSON and inside a PNG: out and in."""
 
 import base64
 import io
@@ -11,9 +11,14 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, BeforeValidator
 
 from ..errors import CharacterError
-from .personas import CharacterCard, Name, Text, _read_bytes, _refuse_too_large, _validate, parse_json_object
+from .personas import CharacterCard, Name, Text, check_fields, check_size, parse_json_object, read_bytes
 
 CARD_EXTENSION = "characterglm"  # where a character-card V2 keeps what V2 has no field for
+# What V2 requires and CharacterGLM's prompt has no place for.
+EMPTY_TEXTS = (
+    *("personality", "scenario", "mes_example", "creator_notes", "system_prompt"),
+    *("post_history_instructions", "creator"),
+)
 MAX_PIXELS = 25_000_000  # a picture of a few kilobytes can claim to have billions
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -23,28 +28,11 @@ def export_card_v2(card: CharacterCard) -> dict:
 
     Source: https://github.com/malfoyslastname/character-card-spec-v2
     """
-    return {
-        "spec": "chara_card_v2",
-        "spec_version": "2.0",
-        "data": {
-            "name": card.bot_name,
-            "description": card.bot_info,
-            "personality": "",
-            "scenario": "",
-            "first_mes": card.greeting,
-            "mes_example": "",
-            "creator_notes": "",
-            "system_prompt": "",
-            "post_history_instructions": "",
-            "alternate_greetings": [],
-            "tags": [],
-            "creator": "",
-            "character_version": "1.0",
-            "extensions": {
-                CARD_EXTENSION: {"user_name": card.user_name, "user_info": card.user_info, "source": card.source}
-            },
-        },
-    }
+    empty = dict.fromkeys(EMPTY_TEXTS, "") | {"alternate_greetings": [], "tags": [], "character_version": "1.0"}
+    ours = {"user_name": card.user_name, "user_info": card.user_info, "source": card.source}
+    written = {"name": card.bot_name, "description": card.bot_info, "first_mes": card.greeting}
+    data = {**empty, **written, "extensions": {CARD_EXTENSION: ours}}
+    return {"spec": "chara_card_v2", "spec_version": "2.0", "data": data}
 
 
 def export_card_png(card: CharacterCard, picture: str | Path | None = None) -> bytes:
@@ -56,11 +44,8 @@ def export_card_png(card: CharacterCard, picture: str | Path | None = None) -> b
     Raises:
         CharacterError: the picture cannot be read, or is too large.
     """
-    if picture is None:
-        colour = f"hsl({sum(card.bot_name.encode()) % 360}, 45%, 60%)"
-        image = Image.new("RGB", (256, 384), colour)
-    else:
-        image = _open_image(_read_bytes(Path(picture)))
+    colour = f"hsl({sum(card.bot_name.encode()) % 360}, 45%, 60%)"
+    image = Image.new("RGB", (256, 384), colour) if picture is None else _open_image(read_bytes(Path(picture)))
     card_json = json.dumps(export_card_v2(card), ensure_ascii=False)
     text = PngImagePlugin.PngInfo()
     text.add_text("chara", base64.b64encode(card_json.encode()).decode())
@@ -79,17 +64,17 @@ def import_card_v2(card: dict | bytes | str | Path) -> CharacterCard:
         CharacterError: not a V2 card, or a field is not valid.
     """
     if not isinstance(card, dict):
-        name, content = ("", card) if isinstance(card, bytes) else (str(card), _read_bytes(Path(card)))
+        name, content = ("", card) if isinstance(card, bytes) else (str(card), read_bytes(Path(card)))
         card = parse_json_object(_card_text(content) if content.startswith(PNG_SIGNATURE) else content, name)
     if card.get("spec") != "chara_card_v2":
         raise CharacterError("这不是 character card V2 [not a V2 card]：需要 spec='chara_card_v2'；V1 的卡请先转成 V2")
-    data = _validate(_CardData, card.get("data"), "V2 卡 data 的")
+    data = check_fields(_CardData, card.get("data"), "V2 卡 data 的")
     ours = data.extensions.get(CARD_EXTENSION)
     persona = {"user_name": "用户", "source": "character card V2", **(ours if isinstance(ours, dict) else {})}
     info = " ".join(text for text in (data.description, data.personality, data.scenario) if text.strip())
     names = {"char": data.name, "bot": data.name, "user": persona["user_name"]}
     persona |= {"bot_name": data.name, "bot_info": _fill_names(info, names)}
-    return _validate(CharacterCard, persona | {"greeting": _fill_names(data.first_mes, names)})
+    return check_fields(CharacterCard, persona | {"greeting": _fill_names(data.first_mes, names)})
 
 
 class _CardData(BaseModel):
@@ -124,7 +109,7 @@ def _card_text(png: bytes) -> bytes:
 
 def _open_image(content: bytes) -> Image.Image:
     """The decoded image; text chunks may stand at the end of a file, so all of it is read."""
-    _refuse_too_large(content)
+    check_size(content)
     try:
         image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
         if image.width * image.height > MAX_PIXELS:

@@ -1,7 +1,7 @@
 """The role-play dialogues of `data/dialogues/`: reading, splitting, and turning them into chat messages."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -64,25 +64,26 @@ def load_dialogues(directory: Path = DIALOGUES_DIR) -> list[Dialogue]:
     if not files:
         raise HelpersError(f"没有对话文件 [no dialogue files]：{directory} 里应有 .jsonl 文件")
     cards = load_characters()
-    return [_parse(file, number, line, cards) for file in files for number, line in _lines(file)]
+    return [dialogue for file in files for dialogue in _read(file, cards)]
 
 
-def _lines(file: Path) -> list[tuple[int, str]]:
+def _read(file: Path, cards: dict) -> Iterator[Dialogue]:
     try:
         with file.open(encoding="utf-8") as lines:  # not splitlines(): U+2028 may stand in a JSON string
-            return list(enumerate(lines, start=1))
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield _parse(line, cards)
+                except ValueError as error:
+                    problem = field_problems(error, "整行") if isinstance(error, ValidationError) else str(error)
+                    raise HelpersError(f"{file.name} 第 {number} 行无效 [invalid dialogue]：{problem}") from None
     except UnicodeDecodeError as error:
         raise HelpersError(f"{file.name} 不是 UTF-8 文本 [invalid UTF-8]：{error}") from None
 
 
-def _parse(file: Path, number: int, line: str, cards: dict) -> Dialogue:
-    try:
-        row = _Row.model_validate_json(line)
-        if row.character not in cards:
-            raise ValueError(f"没有叫 {row.character} 的角色")
-        if any(not query.strip() for query, _ in row.history[1:]):
-            raise ValueError("只有第一轮的 query 可以为空")
-        return Dialogue(row.id, cards[row.character], [list(entry) for entry in row.history])
-    except ValueError as error:
-        problem = field_problems(error, "整行") if isinstance(error, ValidationError) else str(error)
-        raise HelpersError(f"{file.name} 第 {number} 行无效 [invalid dialogue]：{problem}") from None
+def _parse(line: str, cards: dict) -> Dialogue:
+    row = _Row.model_validate_json(line)
+    if row.character not in cards:
+        raise ValueError(f"没有叫 {row.character} 的角色")
+    if any(not query.strip() for query, _ in row.history[1:]):
+        raise ValueError("只有第一轮的 query 可以为空")
+    return Dialogue(row.id, cards[row.character], [list(entry) for entry in row.history])

@@ -10,13 +10,9 @@ from ..errors import CharacterError
 from ..paths import PROJECT_DIR
 
 CHARACTERS_FILE = PROJECT_DIR / "data" / "characters.json"
-DEFAULT_CHARACTER = "苏梦远"  # who answers where nobody says who should
+DEFAULT_CHARACTER = "苏梦远"  # used when none is named
 SYSTEM_CHARACTER = "角色"  # the name of a character that only a system message describes
 MAX_FILE_BYTES = 20_000_000
-
-
-def _none_is_empty(value: Any) -> Any:
-    return "" if value is None else value
 
 
 def _valid_unicode(text: str) -> str:
@@ -26,7 +22,9 @@ def _valid_unicode(text: str) -> str:
 
 Unicode = Annotated[str, AfterValidator(_valid_unicode)]
 Name = Annotated[Unicode, StringConstraints(min_length=1, max_length=64, pattern=r"\S")]
-Text = Annotated[Unicode, BeforeValidator(_none_is_empty), StringConstraints(max_length=8000)]
+Text = Annotated[
+    Unicode, BeforeValidator(lambda value: "" if value is None else value), StringConstraints(max_length=8000)
+]
 
 
 class SessionMeta(BaseModel):
@@ -63,7 +61,7 @@ def as_session_meta(value: SessionMeta | dict) -> SessionMeta:
             "缺少人设 session_meta [session_meta required]：请给出含 bot_name、bot_info、user_name、user_info 的 dict，"
             f"收到的是 {type(value).__name__}"
         )
-    return _validate(CharacterCard if "greeting" in value else SessionMeta, value)
+    return check_fields(CharacterCard if "greeting" in value else SessionMeta, value)
 
 
 def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCard]:
@@ -73,7 +71,7 @@ def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCa
         CharacterError: the file is missing, not JSON, or a card is not valid.
     """
     cards = read_json_object(Path(file))
-    return {name: _validate(CharacterCard, card, f"角色 {name} 的") for name, card in cards.items()}
+    return {name: check_fields(CharacterCard, card, f"角色 {name} 的") for name, card in cards.items()}
 
 
 def get_character(name: str) -> CharacterCard:
@@ -84,9 +82,10 @@ def get_character(name: str) -> CharacterCard:
     return characters[name]
 
 
-def _validate(model: type[BaseModel], fields: Any, whose: str = "") -> Any:
+def check_fields(model: type[BaseModel], fields: Any, whose: str = "") -> Any:
+    """`fields` as a `model`; `CharacterError` that begins with `whose` and names the field at fault."""
     try:
-        return model.model_validate(fields)
+        return model.modelcheck_fields(fields)
     except ValidationError as error:
         raise CharacterError(f"{whose}人设不合格 [invalid persona]：{field_problems(error, '整体')}") from None
 
@@ -98,10 +97,11 @@ def field_problems(error: ValidationError, whole: str) -> str:
 
 def read_json_object(file: Path) -> dict:
     """The JSON object in `file`; `CharacterError` if it is missing, damaged or something else."""
-    return parse_json_object(_read_bytes(file), str(file))
+    return parse_json_object(read_bytes(file), str(file))
 
 
-def _read_bytes(file: Path) -> bytes:
+def read_bytes(file: Path) -> bytes:
+    """The content of a file, at most one byte more than `check_size` allows; `CharacterError` if it cannot be read."""
     try:
         with file.open("rb") as opened:
             return opened.read(MAX_FILE_BYTES + 1)
@@ -113,7 +113,7 @@ def _read_bytes(file: Path) -> bytes:
 
 def parse_json_object(content: bytes, name: str = "") -> dict:
     """The JSON object in the content of a file called `name`; `CharacterError` if there is none."""
-    _refuse_too_large(content)
+    check_size(content)
     try:
         parsed = json.loads(content.decode("utf-8-sig"))  # Windows editors begin a file with a mark
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -123,6 +123,7 @@ def parse_json_object(content: bytes, name: str = "") -> dict:
     return parsed
 
 
-def _refuse_too_large(content: bytes) -> None:
+def check_size(content: bytes) -> None:
+    """Raise `CharacterError` for a file that is larger than any card."""
     if len(content) > MAX_FILE_BYTES:
         raise CharacterError(f"文件太大 [file too large]：角色卡最多 {MAX_FILE_BYTES // 1_000_000} MB")

@@ -29,23 +29,17 @@ EXPORT_TEMPLATE = Path(__file__).with_name("export_template.jinja").read_text(en
 NOTHING, ESCAPED, ESCAPE = "\ufdd0\ufdd2", "\ufdd0\ufdd1", "\ufdd0"
 
 
-def export_model(
-    model: str | Path, directory: str | Path, *, adapter: str | Path | None = None, dtype: str = "auto"
-) -> Path:
+def export_model(model, directory, *, adapter=None, dtype: str = "auto") -> Path:
     """Write a model as a folder that stock transformers and vLLM load, without `helpers` and without remote code.
 
-    The folder appears complete or not at all. Memory: the weights stay in their files, mapped, except those that an
-    adapter or `dtype` changes.
+    Memory: the weights stay in their files, mapped, except those that an adapter or `dtype` changes.
 
     Args:
         model: "6b", "nano" or a model directory.
-        directory: missing or empty.
+        directory: missing or empty; it appears complete or not at all.
         adapter: directory of a LoRA adapter to add to the weights. A persona beside it becomes the folder's default.
         dtype: of the weights written: "float32", "float16", "bfloat16", or "auto", as they are stored. Weights that an
             adapter has changed are rounded to it.
-
-    Returns:
-        The directory.
 
     Raises:
         CheckpointError: the model is not here, incomplete or not CharacterGLM; or the adapter does not fit it.
@@ -53,7 +47,10 @@ def export_model(
             quantised. What was there is kept.
     """
     source, target = resolve_model(model), Path(directory).expanduser()
-    _check_not_quantised(source)
+    if read_json(source / "config.json").get("quantization_config"):
+        raise HelpersError(
+            f"量化的模型不能导出 [quantised model]：{source}。请导出半精度的原模型，需要量化时让 vLLM 在加载时量化"
+        )
     stored = stored_dtype(source)
     chosen = stored if dtype == "auto" else pick_dtype(dtype, "cpu", source)[0]
     sizes = {file.name: file.stat().st_size * chosen.itemsize // stored.itemsize for file in weight_files(source)}
@@ -130,13 +127,6 @@ def plain_template(persona: SessionMeta) -> str:
     # The block that marks what the model says is for training, which takes the original; few programs know the tag.
     prompt = re.sub(r"\{%- *(end)?generation *-%\}|\{#.*?#\}", "", CHAT_TEMPLATE, flags=re.DOTALL)
     return EXPORT_TEMPLATE.replace("{#- CONSTANTS -#}", "\n".join(written)).replace("{#- PROMPT -#}", prompt.strip())
-
-
-def _check_not_quantised(source: Path) -> None:
-    if read_json(source / "config.json").get("quantization_config"):
-        raise HelpersError(
-            f"量化的模型不能导出 [quantised model]：{source}。请导出半精度的原模型，需要量化时让 vLLM 在加载时量化"
-        )
 
 
 def _merged(loaded, adapter):

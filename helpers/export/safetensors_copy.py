@@ -80,19 +80,16 @@ def check_copy(directory: Path, model) -> None:
     Raises:
         HelpersError: a tensor is missing, differs, or is one too many.
     """
-    expected = model.state_dict()
+    expected, differing = model.state_dict(), None
     if model.config.tie_word_embeddings and model.lm_head.weight is model.get_input_embeddings().weight:
         expected.pop("lm_head.weight")  # written once
     for file in weight_files(directory):
         for name, tensor in native_state_dict(load_file(file), model.config).items():
             if name not in expected or not _same_bits(tensor, expected.pop(name)):
-                raise _differs(directory, name)
-    if expected:
-        raise _differs(directory, min(expected))
-
-
-def _differs(directory: Path, name: str) -> HelpersError:
-    return HelpersError(f"写出的 {name} 与模型不同 [copy differs]：{directory.parent}。请检查磁盘，再运行一次")
+                differing = name
+    if differing or expected:
+        name = differing or min(expected)
+        raise HelpersError(f"写出的 {name} 与模型不同 [copy differs]：{directory.parent}。请检查磁盘，再运行一次")
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Is this directory a complete CharacterGLM checkpoint? Cheap checks on the files, and clear errors when one fails."""
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -38,12 +39,10 @@ def check_checkpoint(directory: Path) -> list[Path]:
     Raises:
         CheckpointError: naming the file at fault and the way out.
     """
-    if not directory.is_dir():
+    if not directory.is_dir() or not any(directory.iterdir()):
         raise CheckpointError(
-            f"找不到模型目录 [model directory not found]：{directory}。先运行 python -m helpers download"
+            f"模型目录不存在或是空的 [empty directory]：{directory}。先运行 python -m helpers download"
         )
-    if not any(directory.iterdir()):
-        raise CheckpointError(f"模型目录是空的 [empty directory]：{directory}。先运行 python -m helpers download")
     if (model_type := read_json(directory / "config.json").get("model_type")) != "chatglm":
         raise CheckpointError(
             f"这不是 CharacterGLM 的模型目录 [not a CharacterGLM directory]：{directory} 的 config.json 里 "
@@ -77,8 +76,7 @@ def _files_of_index(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index.name} 里没有 weight_map [invalid index]：{index}。{REDOWNLOAD}")
     for key, name in weight_map.items():
-        # A plain file name: an index must not reach outside its directory.
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.\w+", name):  # nothing outside the directory
             raise CheckpointError(
                 f"{index.name} 里 {key} 的文件名 {name!r} 无效 [invalid index]：{index}。{REDOWNLOAD}"
             )

@@ -40,16 +40,14 @@ REQUIRED_SETTINGS = {
 }
 UNSUPPORTED_HINTS = {
     "quantization_bit": "请换成未量化的 CharacterGLM-6B，再用 load(quantization=...) 在加载时量化",
-    "pre_seq_len": "这是 P-Tuning v2 的检查点；请使用原始权重，微调见 notebook 04 (LoRA)",
-    "prefix_projection": "这是 P-Tuning v2 的检查点；请使用原始权重，微调见 notebook 04 (LoRA)",
+    **dict.fromkeys(
+        ("pre_seq_len", "prefix_projection"), "这是 P-Tuning v2 的检查点；请使用原始权重，微调见 notebook 04 (LoRA)"
+    ),
 }
 
 
 class CharacterGLMConfig(GlmConfig):
-    """`GlmConfig` that reads CharacterGLM's original `config.json`.
-
-    Defaults are those of CharacterGLM-6B. `rope_ratio` scales the rotary base as the ChatGLM family does
-    (theta = 10000 * rope_ratio); `multi_query_attention: false` means one key-value head per query head.
+    """`GlmConfig` that reads CharacterGLM's original `config.json`. Defaults are those of CharacterGLM-6B.
 
     Raises:
         UnsupportedConfigError: a setting cannot be honoured (see `REQUIRED_SETTINGS`).
@@ -77,14 +75,16 @@ class CharacterGLMConfig(GlmConfig):
     def __post_init__(self, **kwargs):
         check_settings(kwargs)
         kwargs.pop("auto_map", None)  # remote code has no part in this, nor in what is saved
-        kwargs.setdefault("rope_theta", 10000.0 * checked_rope_ratio(kwargs.get("rope_ratio")))
+        # The ChatGLM family stretches the rotary base for long contexts: rope_ratio 1 is the usual base of 10,000.
+        ratio = kwargs.get("rope_ratio")
+        kwargs.setdefault("rope_theta", 10000.0 * (1.0 if ratio is None else ratio))
         super().__post_init__(**kwargs)
-        if kwargs.get("multi_query_attention") is False:  # then multi_query_group_num, just set, means nothing
+        if kwargs.get("multi_query_attention") is False:  # every query head has keys and values of its own
             self.num_key_value_heads = self.num_attention_heads
 
 
 def check_settings(settings: dict) -> None:
-    """Raise `UnsupportedConfigError` for the first setting GLM would silently ignore."""
+    """Raise `UnsupportedConfigError` for the first setting that GLM would silently ignore or that makes no sense."""
     for name, required in REQUIRED_SETTINGS.items():
         value = settings.get(name, required)
         if value is not None and value != required:
@@ -92,15 +92,10 @@ def check_settings(settings: dict) -> None:
             raise UnsupportedConfigError(
                 f"config.json 里的 {name}={value!r} 无法支持 [unsupported setting]，只支持 {required!r}。{hint}。"
             )
-
-
-def checked_rope_ratio(ratio) -> float:
-    """`rope_ratio` as a number, 1.0 if it is absent; `UnsupportedConfigError` if it is not a positive number."""
-    if ratio is None:
-        return 1.0
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
+    ratio = settings.get("rope_ratio")
+    is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if ratio is not None and not (is_number and 0 < ratio < math.inf):
         raise UnsupportedConfigError(f"config.json 里的 rope_ratio={ratio!r} 没有意义 [invalid rope_ratio]，应为正数")
-    return float(ratio)
 
 
 class CharacterGLMForCausalLM(GlmForCausalLM):
@@ -132,18 +127,13 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
     def save_pretrained(self, save_directory, *args, save_original_format=True, **kwargs):
         """As in transformers, in the original layout; a quantised model in GLM's own.
 
-        Packed weights of q, k and v, each with its scales, cannot be put together to one query_key_value: transformers
-        would write files that cannot be read again.
+        Packed weights of q, k and v, each with its scales, cannot be put together to one query_key_value again.
         """
         original = save_original_format and not getattr(self, "is_quantized", False)
         super().save_pretrained(save_directory, *args, save_original_format=original, **kwargs)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """As in torch, and takes the original names too.
-
-        `save_pretrained` writes those, and `Trainer` gives them back here when it resumes or loads the best checkpoint.
-        With `strict=False`, which it uses, torch would leave every weight as it is.
-        """
+        """As in torch, and takes the original names too: `Trainer` gives them back here when it resumes."""
         return super().load_state_dict(native_state_dict(state_dict, self.config), *args, **kwargs)
 
 
