@@ -85,7 +85,7 @@ def get_character(name: str) -> CharacterCard:
 def check_fields(model: type[BaseModel], fields: Any, whose: str = "") -> Any:
     """`fields` as a `model`; `CharacterError` that begins with `whose` and names the field at fault."""
     try:
-        return model.modelcheck_fields(fields)
+        return model.model_validate(fields)
     except ValidationError as error:
         raise CharacterError(f"{whose}人设不合格 [invalid persona]：{field_problems(error, '整体')}") from None
 
