@@ -157,7 +157,9 @@ def test_same_prompts_and_same_words_without_helpers(base):
 def test_with_an_adapter_merged(adapter, base, tmp_path):
     folder = export_model("nano", tmp_path / "exported", adapter=adapter, dtype="float32")
     tuned = own_replies(*helpers.load("nano", dtype="float32", adapter=adapter), CHATS)
-    assert stock_replies(folder, CHATS) == tuned
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(plain) is GlmForCausalLM
+    assert own_replies(plain, AutoTokenizer.from_pretrained(folder), CHATS) == tuned
     assert tuned != own_replies(*helpers.load("nano", dtype="float32"), CHATS), "the adapter has an effect"
     default = AutoTokenizer.from_pretrained(folder).apply_chat_template([user("你好")], tokenize=False)
     assert "以下是一段鲁智深和陆星辰之间的对话" in default

@@ -945,6 +945,7 @@ for dtype in ("bfloat16", "float32"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure memory")
 def test_bin_is_loaded_without_a_second_copy_in_memory(tmp_path, record_property):
     """Peak memory over the weights' own: in the dtype of the shards, and converted, when they are beside the model.
