@@ -32,15 +32,12 @@ def add_adapter(model, adapter):
         ) from error
     # PEFT only warns about missing weights and leaves them at zero, that is, without effect; of others it says nothing.
     expected = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
-    if missing := sorted(expected - stored.keys()):
-        raise CheckpointError(
-            f"LoRA adapter 缺少权重 [missing adapter keys]：{adapter}，例如 {missing[0]}。请重新训练或复制"
-        )
-    if unused := sorted(stored.keys() - expected):
-        raise CheckpointError(
-            f"LoRA adapter 有这个模型用不上的权重 [unused adapter keys]：{adapter}，例如 {unused[0]}。"
-            "它是为另一个模型训练的"
-        )
+    for problem, names in [
+        ("缺少权重 [missing adapter keys]", expected - stored.keys()),
+        ("有这个模型用不上的权重 [unused adapter keys]", stored.keys() - expected),
+    ]:
+        if names:
+            raise CheckpointError(f"LoRA adapter {problem}：{adapter}，例如 {min(names)}。请用为这个模型训练的 adapter")
     return loaded
 
 

@@ -68,12 +68,13 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
     """
     if compile and quantization is not None:
         raise HelpersError(QUANTIZED_OR_COMPILED)  # before a minute of loading
+    # 1. Which files, in which precision, on which device.
     choice = choose(model, dtype=dtype, device_map=device_map)
     logger.info("%s", choice)
     options = {"dtype": choice.dtype, "device_map": choice.device_map}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, choice.dtype)
-    # First, because AutoTokenizer would hide what is wrong with it.
+    # 2. The config first, because AutoTokenizer would hide what is wrong with it; then the tokenizer, in a moment.
     config = AutoConfig.from_pretrained(choice.path)
     tokenizer = AutoTokenizer.from_pretrained(choice.path, config=config)
     if len(tokenizer) > config.vocab_size:
@@ -81,7 +82,9 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
             f"tokenizer.model 有 {len(tokenizer)} 个 token，模型只有 {config.vocab_size} 个 [tokenizer mismatch]："
             f"{choice.path}。它们必须来自同一个模型"
         )
+    # 3. The weights: seconds from a disk cache, a minute without.
     loaded = AutoModelForCausalLM.from_pretrained(choice.path, config=config, **options)
+    # 4. What goes on top.
     if compile:
         compile_decoding(loaded)
         logger.warning("第一条回复要先编译，约一分钟，之后更快 [compiling: the first reply takes about a minute]")

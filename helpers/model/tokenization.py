@@ -32,7 +32,10 @@ class ChatGLMTokenizer(TokenizersBackend):
     """The tokenizer of CharacterGLM. The name is the one that the original `tokenizer_config.json` asks for.
 
     `tokenizer(text)` gives `[gMASK] <sop>` and the ids of `text`; padding is on the left with id 0;
-    `apply_chat_template(messages, session_meta=...)` gives the exact prompt ids, prefix included.
+    `apply_chat_template(messages, session_meta=...)` gives the exact prompt ids, prefix included. With the 6B:
+
+        tokenizer("你好")["input_ids"]  ->  [64790, 64792, 36474, 54591]
+                                            [gMASK] <sop>  ▁你    好
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
@@ -101,11 +104,14 @@ class ChatGLMTokenizer(TokenizersBackend):
         return super().__call__(*args, **kwargs)
 
     def convert_tokens_to_string(self, tokens):
-        """The text of a list of tokens; bytes that are no character become U+FFFD.
+        r"""The text of a list of tokens; bytes that are no character become U+FFFD.
 
-        As SentencePiece does it: the decoder of `tokenizers` would give up every character of a run of byte tokens if one
-        byte of it were wrong or still to come, as it is for a moment in every streamed emoji.
+        While an emoji of four byte tokens is streamed, its last bytes are still to come for a moment. The decoder of
+        `tokenizers` would then give up every character of the run; SentencePiece, and so this, only the unfinished one:
+
+            ["▁", "<0xF0>", "<0x9F>"]  ->  b" \xf0\x9f"  ->  " \ufffd"  ->  "\ufffd"
         """
+        # 1. All bytes in a row, 2. decoded at once, 3. without the space that SentencePiece puts before every text.
         data = b"".join(piece_bytes(token) for token in tokens if token is not None)
         text = data.decode("utf-8", errors="replace")
         return text.removeprefix(" ") if tokens and tokens[0] and tokens[0].startswith("▁") else text
@@ -171,7 +177,7 @@ def build_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Token
 
 
 def piece_bytes(piece: str) -> bytes:
-    """The UTF-8 bytes that a piece of the vocabulary stands for."""
+    """The UTF-8 bytes that a piece of the vocabulary stands for: "<0x0A>" one, "▁你" a space and three."""
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return bytes.fromhex(piece[3:5])
     return piece.replace("▁", " ").encode()
