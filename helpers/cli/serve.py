@@ -4,13 +4,13 @@ from typing import Annotated
 
 import typer
 
-from .options import ModelName, split_pairs
+from .options import Host, ModelName, Port
 
 
 def serve(
     model: ModelName = "auto",
-    host: Annotated[str, typer.Option(help="绑定的地址 [address to bind]")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")] = 6006,
+    host: Host = "127.0.0.1",
+    port: Port = 6006,
     api_key: Annotated[
         str | None, typer.Option(envvar="CHARACTERGLM_API_KEY", help="访问要带的 key [bearer token]")
     ] = None,
@@ -69,7 +69,7 @@ def serve(
         until_stdin_closes=until_stdin_closes,
         cluster=None if cluster == alone else cluster,
         add_page=add_page,
-        adapters=dict(split_pairs(adapter, "--adapter NAME=DIR")),
+        adapters=dict(map(_name_and_folder, adapter or [])),
         cors_origins=tuple(cors_origin or ()),
         slots=slots,
         queue_size=queue_size,
@@ -77,3 +77,10 @@ def serve(
         cache_tokens=cache_tokens,
         log_text=log_text,
     )
+
+
+def _name_and_folder(adapter: str) -> tuple[str, str]:
+    name, _, folder = adapter.partition("=")
+    if not name or not folder:
+        raise typer.BadParameter("写法是 --adapter NAME=DIR [takes a name and a value]", param_hint="--adapter")
+    return name, folder

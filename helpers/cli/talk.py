@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Adapter, Compile, ModelName, Quantization
+from .options import Adapter, Compile, Host, ModelName, Port, Quantization
 
 
 def chat(
@@ -45,8 +45,8 @@ def demo(
     adapter: Adapter = None,
     quantization: Quantization = None,
     compile: Compile = False,
-    host: Annotated[str, typer.Option(help="绑定的地址 [address to bind]")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")] = 6006,
+    host: Host = "127.0.0.1",
+    port: Port = 6006,
     password: Annotated[
         str | None,
         typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入页面要的密码 [login]"),
