@@ -11,6 +11,10 @@ Quantization = Annotated[str | None, typer.Option(help="int8 或 nf4：权重省
 Compile = Annotated[bool, typer.Option("--compile", help="编译，第一条回复慢，之后更快 [torch.compile]")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")]
 Host = Annotated[str, typer.Option(help="绑定的地址 [address to bind]")]
+Password = Annotated[
+    str | None,
+    typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入网页要的密码 [login]"),
+]
 PAIR = "NAME VALUE"
 Pairs = list[Any] | None  # of (name, value): Typer's annotations have no list of pairs, see PairCommand
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Adapter, Compile, Host, ModelName, Port, Quantization
+from .options import Adapter, Compile, Host, ModelName, Password, Port, Quantization
 
 
 def chat(
@@ -47,10 +47,7 @@ def demo(
     compile: Compile = False,
     host: Host = "127.0.0.1",
     port: Port = 6006,
-    password: Annotated[
-        str | None,
-        typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入页面要的密码 [login]"),
-    ] = None,
+    password: Password = None,
     insecure: Annotated[bool, typer.Option(help="没有密码也绑定 127.0.0.1 以外的地址 [no login needed]")] = False,
     language: Annotated[str, typer.Option(help="页面的语言，zh 或 en [language]")] = "zh",
 ) -> None:

@@ -77,7 +77,7 @@ def estimate(
     gpu: float | None = None,
     mbit_per_second: float = 100,
 ) -> Estimate:
-    """The memory a task takes at its peak, or the time a download takes.
+    """The memory a task takes at its peak, or the time a download takes; HelpersError if an argument makes no sense.
 
     Args:
         task: "chat" (reply to a prompt of `tokens` tokens), "lora" (train an adapter with AdamW) or "download".
@@ -87,16 +87,13 @@ def estimate(
         batch, tokens: conversations or rows at a time, and the tokens of each.
         lora_rank, lora_targets, checkpointing: as in PEFT and the Trainer; an adapter is trained in float32.
         gpu: GPU memory in GiB; by default this machine's, or 24 without a GPU.
-
-    Raises:
-        HelpersError: an argument makes no sense.
     """
     _check(task=task, dtype=dtype, quantization=quantization, batch=batch, tokens=tokens, lora_rank=lora_rank)
     _check(lora_targets=lora_targets, mbit_per_second=mbit_per_second)
     config, width = _config(model), DTYPES[dtype].itemsize
     if task == "download":
-        size = 2 * parameter_count(config)  # stored in half precision
-        return Estimate(task, {"下载": size}, seconds=size * 8 / (mbit_per_second * 1e6))
+        parts = {"下载": 2 * parameter_count(config)}  # stored in half precision
+        return Estimate(task, parts, seconds=parts["下载"] * 8 / (mbit_per_second * 1e6))
     parts = {"权重": weight_bytes(config, width, quantization)}
     if task == "chat":
         parts |= _chat_parts(config, width, batch * tokens)
