@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import PAIR, ModelName, Pairs
+from .options import PAIR, ModelName, Pairs, typed
 
 
 def finetune(
@@ -32,14 +32,13 @@ def finetune(
 ) -> None:
     """LoRA 微调 [LoRA fine-tuning]；被中断后用同样的命令接着训练"""
     from ..finetune.command import run_finetune
-    from ..tools.runner import parse_parameters
 
     training = {
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
         "seed": seed,
         **({} if learning_rate is None else {"learning_rate": learning_rate}),
-        **parse_parameters(set_ or []),
+        **typed(set_),
     }
     lora = {"targets": targets, "r": rank, "alpha": alpha, "dropout": dropout}
     options = {"replay": replay, "max_length": max_length, "quantization": quantization, "on_bad_row": on_bad_row}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import PAIR, ModelName, Pairs
+from .options import PAIR, ModelName, Pairs, typed
 
 Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
 OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
@@ -21,10 +21,10 @@ def run(
     output_dir: OutputDir = "outputs",
 ) -> None:
     """无界面运行 notebook [run the notebooks headless]"""
-    from ..tools.runner import parse_parameters, run_notebooks
+    from ..tools.runner import run_notebooks
 
-    parameters = parse_parameters(parameter or [])
-    _finish(run_notebooks(notebooks or [], model=model, parameters=parameters, output_dir=output_dir), output_dir)
+    results = run_notebooks(notebooks or [], model=model, parameters=typed(parameter), output_dir=output_dir)
+    _finish(results, output_dir)
 
 
 def refresh(notebooks: Numbers = None, output_dir: OutputDir = "outputs") -> None:

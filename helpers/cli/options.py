@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -27,3 +28,15 @@ class PairCommand(TyperCommand):
         for param in params:
             if param.metavar == PAIR:
                 param.nargs = 2
+
+
+def typed(pairs: Pairs) -> dict[str, Any]:
+    """{name: value}, the values typed as on papermill's command line: "True", "None", "3", "0.5" are what they look like."""
+    return {name: _typed(text) for name, text in pairs or []}
+
+
+def _typed(text: str) -> Any:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return {"True": True, "False": False, "None": None}.get(text, text)

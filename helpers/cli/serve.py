@@ -40,7 +40,7 @@ def serve(
     until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """API 服务：原教程的 POST / 和 OpenAI 接口 [API server]"""
-    options = locals()  # most have the names that the server gives them
+    options = dict(locals())  # most have the names that the server gives them
     from ..serving import serve as serve_api
 
     cluster = {name: options.pop(name) for name in ONE_COPY}

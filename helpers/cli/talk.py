@@ -6,6 +6,8 @@ import typer
 
 from .options import Adapter, Compile, Host, ModelName, Password, Port, Quantization
 
+GENERATION = ("seed", "temperature", "top_p", "repetition_penalty", "max_new_tokens", "max_length", "do_sample")
+
 
 def chat(
     model: ModelName = "auto",
@@ -24,18 +26,10 @@ def chat(
     do_sample: Annotated[bool | None, typer.Option(help="--no-do-sample：总取最可能的词 [greedy]")] = None,
 ) -> None:
     """在终端里聊天；输入来自管道时一行一句 [chat; in a pipe, one message a line]"""
+    given = dict(locals())
     from ..demo.terminal import start
 
-    given = {
-        "seed": seed,
-        "temperature": temperature,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "max_new_tokens": max_new_tokens,
-        "max_length": max_length,
-        "do_sample": do_sample,
-    }
-    generation = {name: value for name, value in given.items() if value is not None}
+    generation = {name: given[name] for name in GENERATION if given[name] is not None}
     loading = {"adapter": adapter, "quantization": quantization, "compile": compile}
     start(model, character, file=load, once=once, loading=loading, **generation)
 

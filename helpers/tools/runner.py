@@ -153,13 +153,6 @@ def check_known(given: dict[str, Any], known: list[str]) -> None:
         raise RunError(f"未知参数 {names} [unknown parameter]：{hint}可用参数 [known]：{choice}")
 
 
-def parse_parameters(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Values typed as on papermill's command line: "True", "None", "3", "0.5" become what they look like."""
-    from papermill.cli import _resolve_type
-
-    return {name: _resolve_type(value) for name, value in pairs}
-
-
 class CurrentCell:
     """Which cell runs, by its number in the notebook in git; where no bar can be drawn, a line for each code cell."""
 

@@ -12,6 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 from typer.testing import CliRunner
 
 from helpers.cli.app import app
+from helpers.cli.options import typed
 from helpers.inspect.receipt import ReceiptError
 from helpers.paths import PROJECT_DIR
 from helpers.tools import runner
@@ -22,7 +23,6 @@ from helpers.tools.runner import (
     declared_parameters,
     find_notebooks,
     format_failure,
-    parse_parameters,
     plan_parameters,
     run_notebooks,
 )
@@ -99,7 +99,7 @@ def test_not_a_number_is_refused(folder: Path) -> None:
 
 def test_values_are_typed_as_papermill_types_them() -> None:
     pairs = [("A", "3"), ("B", "0.5"), ("C", "True"), ("D", "None"), ("E", "1e-4"), ("F", "nano"), ("G", "-1")]
-    assert list(parse_parameters(pairs).values()) == [3, 0.5, True, None, 1e-4, "nano", -1]
+    assert list(typed(pairs).values()) == [3, 0.5, True, None, 1e-4, "nano", -1]
 
 
 def test_pairs_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
