@@ -27,7 +27,7 @@ def finetune(
     overwrite: Annotated[bool, typer.Option(help="删掉目录里已有的训练 [delete an earlier run]")] = False,
     merge_to: Annotated[str | None, typer.Option(help="另存合并后的完整模型 [save the merged model]")] = None,
     set_: Annotated[
-        Pairs, typer.Option("--set", metavar=PAIR, help="TrainingArguments 的任何字段，可重复 [repeatable]")
+        Pairs, typer.Option("--set", **PAIR, help="TrainingArguments 的任何字段，可重复 [repeatable]")
     ] = None,
 ) -> None:
     """LoRA 微调 [LoRA fine-tuning]；被中断后用同样的命令接着训练"""

@@ -16,7 +16,7 @@ def run(
     notebooks: Numbers = None,
     model: ModelName = "auto",
     parameter: Annotated[
-        Pairs, typer.Option("--parameter", "-p", metavar=PAIR, help="notebook 参数，可重复 [repeatable]")
+        Pairs, typer.Option("--parameter", "-p", **PAIR, help="notebook 参数，可重复 [repeatable]")
     ] = None,
     output_dir: OutputDir = "outputs",
 ) -> None:

@@ -16,8 +16,8 @@ Password = Annotated[
     str | None,
     typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入网页要的密码 [login]"),
 ]
-PAIR = "NAME VALUE"
-Pairs = list[Any] | None  # of (name, value): Typer's annotations have no list of pairs, see PairCommand
+PAIR = {"metavar": "NAME VALUE", "parser": lambda words: words}  # Typer has no annotation for a list of pairs
+Pairs = list[Any] | None  # of (name, value), see PairCommand
 
 
 class PairCommand(TyperCommand):
@@ -26,7 +26,7 @@ class PairCommand(TyperCommand):
     def __init__(self, *args, params, **more) -> None:
         super().__init__(*args, params=params, **more)
         for param in params:
-            if param.metavar == PAIR:
+            if param.metavar == PAIR["metavar"]:
                 param.nargs = 2
 
 
