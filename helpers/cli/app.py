@@ -16,13 +16,11 @@ app = typer.Typer(
     rich_markup_mode=None,  # would swallow the words in brackets
     pretty_exceptions_enable=False,
 )
-app.command(cls=PairCommand)(notebooks.run)
 for command in (
-    *(notebooks.refresh, machine.doctor, machine.download, copies.convert, copies.export, notebooks.receipt),
-    *(serve.serve, talk.chat, talk.demo),
+    *(notebooks.run, notebooks.refresh, machine.doctor, machine.download, copies.convert, copies.export),
+    *(notebooks.receipt, serve.serve, talk.chat, talk.demo, finetune.finetune),
 ):
-    app.command()(command)
-app.command(cls=PairCommand)(finetune.finetune)
+    app.command(cls=PairCommand)(command)
 
 
 def main() -> None:

@@ -12,10 +12,7 @@ def convert(
     """把 .bin 权重另存一份 safetensors，可选 [optional safetensors copy]；load 不需要它，只读 safetensors 的工具需要"""
     from ..export.safetensors_copy import convert_checkpoint
 
-    try:
-        convert_checkpoint(model, directory)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    convert_checkpoint(model, directory)
 
 
 def export(
@@ -29,7 +26,4 @@ def export(
     """导出成标准的 GlmForCausalLM 目录，给 vLLM 等程序用 [plain folder for vLLM and others]"""
     from ..export.plain import export_model
 
-    try:
-        export_model(model, directory, adapter=adapter, dtype=dtype)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    export_model(model, directory, adapter=adapter, dtype=dtype)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import ModelName, split_pairs
+from .options import PAIR, ModelName, Pairs, typed
 
 
 def finetune(
@@ -27,20 +27,18 @@ def finetune(
     overwrite: Annotated[bool, typer.Option(help="删掉目录里已有的训练 [delete an earlier run]")] = False,
     merge_to: Annotated[str | None, typer.Option(help="另存合并后的完整模型 [save the merged model]")] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME VALUE", help="TrainingArguments 的任何字段，可重复 [repeatable]"),
+        Pairs, typer.Option("--set", **PAIR, help="TrainingArguments 的任何字段，可重复 [repeatable]")
     ] = None,
 ) -> None:
     """LoRA 微调 [LoRA fine-tuning]；被中断后用同样的命令接着训练"""
     from ..finetune.command import run_finetune
-    from ..tools.runner import parse_parameters
 
     training = {
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
         "seed": seed,
         **({} if learning_rate is None else {"learning_rate": learning_rate}),
-        **parse_parameters(split_pairs(set_, "--set NAME VALUE")),
+        **typed(set_),
     }
     lora = {"targets": targets, "r": rank, "alpha": alpha, "dropout": dropout}
     options = {"replay": replay, "max_length": max_length, "quantization": quantization, "on_bad_row": on_bad_row}

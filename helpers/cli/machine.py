@@ -43,8 +43,10 @@ def _explain(file: str, as_json: bool) -> int:
 
     from ..tools.faults import explain
 
-    text = sys.stdin.read() if file == "-" else _read_text(file)
-    found = explain(text)
+    try:
+        found = explain(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise HelpersError(f"读不了 {file} [cannot read]：{error.strerror}") from None
     if as_json:
         _print_json([asdict(error) for error in found])
     elif found:
@@ -52,13 +54,6 @@ def _explain(file: str, as_json: bool) -> int:
     else:
         print("不认识这段报错 [unknown error]：请运行 python -m helpers doctor，看看环境哪里不对")
     return int(not found)
-
-
-def _read_text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise HelpersError(f"读不了 {file} [cannot read]：{error.strerror}") from None
 
 
 def _print_json(content) -> None:
@@ -74,7 +69,4 @@ def download(
     """从 ModelScope 下载 CharacterGLM-6B，约 12.5 GB [download the 6B model]"""
     from ..model.download import download_model
 
-    try:
-        download_model(local_dir=local_dir, verify=verify)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None  # what a shell reports for Ctrl-C; the message is out already
+    download_model(local_dir=local_dir, verify=verify)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import ModelName, split_pairs
+from .options import PAIR, ModelName, Pairs, typed
 
 Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
 OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
@@ -16,26 +16,27 @@ def run(
     notebooks: Numbers = None,
     model: ModelName = "auto",
     parameter: Annotated[
-        list[str] | None,
-        typer.Option("--parameter", "-p", metavar="NAME VALUE", help="notebook 参数，可重复 [repeatable]"),
+        Pairs, typer.Option("--parameter", "-p", **PAIR, help="notebook 参数，可重复 [repeatable]")
     ] = None,
     output_dir: OutputDir = "outputs",
 ) -> None:
     """无界面运行 notebook [run the notebooks headless]"""
-    from ..tools.runner import parse_parameters, print_summary, run_notebooks
+    from ..tools.runner import run_notebooks
 
-    parameters = parse_parameters(split_pairs(parameter))
-    results = run_notebooks(notebooks or [], model=model, parameters=parameters, output_dir=output_dir)
-    print_summary(results, output_dir)
-    raise typer.Exit(int(any(result.status != "ok" for result in results)))
+    results = run_notebooks(notebooks or [], model=model, parameters=typed(parameter), output_dir=output_dir)
+    _finish(results, output_dir)
 
 
 def refresh(notebooks: Numbers = None, output_dir: OutputDir = "outputs") -> None:
     """在 Nano 上重跑并更新 git 里的输出 [renew the outputs kept in git]"""
     from ..tools.refresh import refresh_notebooks
+
+    _finish(refresh_notebooks(notebooks or [], output_dir=output_dir), output_dir)
+
+
+def _finish(results: list, output_dir: str) -> None:
     from ..tools.runner import print_summary
 
-    results = refresh_notebooks(notebooks or [], output_dir=output_dir)
     print_summary(results, output_dir)
     raise typer.Exit(int(any(result.status != "ok" for result in results)))
 

@@ -1,6 +1,7 @@
-"""Options that several commands share, and options that take a name and a value, as papermill does."""
+"""Options that several commands share."""
 
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -9,33 +10,33 @@ ModelName = Annotated[str, typer.Option(help="auto、nano、6b 或模型目录 [
 Adapter = Annotated[str | None, typer.Option(help="LoRA adapter 的目录 [folder of a LoRA adapter]")]
 Quantization = Annotated[str | None, typer.Option(help="int8 或 nf4：权重省一半或更多 [smaller weights]")]
 Compile = Annotated[bool, typer.Option("--compile", help="编译，第一条回复慢，之后更快 [torch.compile]")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")]
+Host = Annotated[str, typer.Option(help="绑定的地址 [address to bind]")]
+Password = Annotated[
+    str | None,
+    typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入网页要的密码 [login]"),
+]
+PAIR = {"metavar": "NAME VALUE", "parser": lambda words: words}  # Typer has no annotation for a list of pairs
+Pairs = list[Any] | None  # of (name, value), see PairCommand
 
 
 class PairCommand(TyperCommand):
-    """Takes `-p NAME VALUE` (as papermill) and `--set NAME VALUE`, joined to one word first: Typer has no list of pairs."""
+    """A command whose options with the metavar `NAME VALUE` take two words each, as papermill's -p does."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        """Parse after turning every `-p NAME VALUE` into `-p NAME=VALUE`."""
-        return super().parse_args(ctx, join_pairs(args))
-
-
-def join_pairs(args: list[str]) -> list[str]:
-    """`args` with the two words after -p, --parameter or --set made one; `-p NAME=VALUE` is left as it is."""
-    joined: list[str] = []
-    words = iter(args)
-    for word in words:
-        joined.append(word)
-        if word in ("-p", "--parameter", "--set"):
-            name = next(words, None)
-            value = next(words, None) if name and "=" not in name else None
-            joined += [] if name is None else [name if value is None else f"{name}={value}"]
-    return joined
+    def __init__(self, *args, params, **more) -> None:
+        super().__init__(*args, params=params, **more)
+        for param in params:
+            if param.metavar == PAIR["metavar"]:
+                param.nargs = 2
 
 
-def split_pairs(pairs: list[str] | None, usage: str = "-p NAME VALUE") -> list[tuple[str, str]]:
-    """(name, value) of every NAME=VALUE; bad usage if the value is missing."""
-    split = [pair.partition("=") for pair in pairs or []]
-    for name, equals, _ in split:
-        if not name or not equals:
-            raise typer.BadParameter(f"写法是 {usage} [takes a name and a value]", param_hint=usage.split()[0])
-    return [(name, value) for name, _, value in split]
+def typed(pairs: Pairs) -> dict[str, Any]:
+    """{name: value}, the values typed as on papermill's command line: "True", "None", "3", "0.5" are what they look like."""
+    return {name: _typed(text) for name, text in pairs or []}
+
+
+def _typed(text: str) -> Any:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return {"True": True, "False": False, "None": None}.get(text, text)

@@ -4,19 +4,24 @@ from typing import Annotated
 
 import typer
 
-from .options import ModelName, split_pairs
+from .options import Host, ModelName, Password, Port
+
+ApiKey = Annotated[str | None, typer.Option(envvar="CHARACTERGLM_API_KEY", help="访问要带的 key [bearer token]")]
+Adapters = Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="LoRA adapter，可重复 [repeatable]")]
+MaxReplicas = Annotated[int | None, typer.Option(min=1, help="忙的时候最多几个副本 [most copies, under load]")]
+Gpus = Annotated[float | None, typer.Option(min=0, help="每个副本几块 GPU，0.5 是两个共用一块 [GPUs a copy]")]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="ADDR", help="已有的 Ray 集群，auto 是本机所在的 [a running cluster]")
+]
+ONE_COPY = {"replicas": 1, "max_replicas": None, "gpus_per_replica": None, "ray_address": None}
 
 
 def serve(
     model: ModelName = "auto",
-    host: Annotated[str, typer.Option(help="绑定的地址 [address to bind]")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")] = 6006,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="CHARACTERGLM_API_KEY", help="访问要带的 key [bearer token]")
-    ] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR", help="LoRA adapter，可重复 [repeatable]")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 6006,
+    api_key: ApiKey = None,
+    adapter: Adapters = None,
     insecure: Annotated[bool, typer.Option(help="没有 key 也绑定 127.0.0.1 以外的地址 [no key needed]")] = False,
     cors_origin: Annotated[list[str] | None, typer.Option(help="允许哪些网页调用，可重复 [repeatable]")] = None,
     slots: Annotated[int, typer.Option(min=1, max=256, help="同时写多少条回复 [replies at once]")] = 16,
@@ -27,53 +32,37 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU 线程数，默认留一个核给网络 [CPU threads]")] = None,
     log_text: Annotated[bool, typer.Option(help="日志里也写对话内容 [log messages too]")] = False,
     page: Annotated[bool, typer.Option(help="同一个模型在 /demo 提供聊天网页 [chat page at /demo]")] = False,
-    password: Annotated[
-        str | None,
-        typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入网页要的密码 [login]"),
-    ] = None,
+    password: Password = None,
     replicas: Annotated[int, typer.Option(min=1, help="模型的副本数，多于 1 个要装 Ray [copies of the model]")] = 1,
-    max_replicas: Annotated[
-        int | None, typer.Option(min=1, help="忙的时候最多几个副本 [most copies, under load]")
-    ] = None,
-    gpus_per_replica: Annotated[
-        float | None, typer.Option(min=0, help="每个副本几块 GPU，0.5 是两个共用一块 [GPUs a copy]")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(metavar="ADDR", help="已有的 Ray 集群，auto 是本机所在的 [a running cluster]")
-    ] = None,
+    max_replicas: MaxReplicas = None,
+    gpus_per_replica: Gpus = None,
+    ray_address: RayAddress = None,
     until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """API 服务：原教程的 POST / 和 OpenAI 接口 [API server]"""
+    options = dict(locals())  # most have the names that the server gives them
     from ..serving import serve as serve_api
 
-    add_page = None
-    if page:
-        from ..demo.web import mount, require_password
-
-        require_password(host, password, insecure)
-
-        def add_page(app, loaded):
-            return mount(app, *loaded, password=password)
-
-    cluster = {"replicas": replicas, "max_replicas": max_replicas}
-    cluster |= {"gpus_per_replica": gpus_per_replica, "ray_address": ray_address}
-    alone = {"replicas": 1, "max_replicas": None, "gpus_per_replica": None, "ray_address": None}
+    cluster = {name: options.pop(name) for name in ONE_COPY}
+    del options["adapter"], options["cors_origin"], options["page"], options["password"]
     serve_api(
-        model,
-        host=host,
-        port=port,
-        api_key=api_key,
-        insecure=insecure,
-        grace_seconds=grace_seconds,
-        threads=threads,
-        until_stdin_closes=until_stdin_closes,
-        cluster=None if cluster == alone else cluster,
-        add_page=add_page,
-        adapters=dict(split_pairs(adapter, "--adapter NAME=DIR")),
+        **options,
+        cluster=None if cluster == ONE_COPY else cluster,
+        add_page=_mounting(host, password, insecure) if page else None,
+        adapters=dict(map(_name_and_folder, adapter or [])),
         cors_origins=tuple(cors_origin or ()),
-        slots=slots,
-        queue_size=queue_size,
-        context=context,
-        cache_tokens=cache_tokens,
-        log_text=log_text,
     )
+
+
+def _mounting(host: str, password: str | None, insecure: bool):
+    from ..demo.web import mount, require_password
+
+    require_password(host, password, insecure)
+    return lambda app, loaded: mount(app, *loaded, password=password)
+
+
+def _name_and_folder(adapter: str) -> tuple[str, str]:
+    name, _, folder = adapter.partition("=")
+    if not name or not folder:
+        raise typer.BadParameter("写法是 --adapter NAME=DIR [takes a name and a value]", param_hint="--adapter")
+    return name, folder

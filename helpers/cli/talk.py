@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
-from .options import Adapter, Compile, ModelName, Quantization
+from .options import Adapter, Compile, Host, ModelName, Password, Port, Quantization
+
+GENERATION = ("seed", "temperature", "top_p", "repetition_penalty", "max_new_tokens", "max_length", "do_sample")
 
 
 def chat(
@@ -24,18 +26,10 @@ def chat(
     do_sample: Annotated[bool | None, typer.Option(help="--no-do-sample：总取最可能的词 [greedy]")] = None,
 ) -> None:
     """在终端里聊天；输入来自管道时一行一句 [chat; in a pipe, one message a line]"""
+    given = dict(locals())
     from ..demo.terminal import start
 
-    given = {
-        "seed": seed,
-        "temperature": temperature,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "max_new_tokens": max_new_tokens,
-        "max_length": max_length,
-        "do_sample": do_sample,
-    }
-    generation = {name: value for name, value in given.items() if value is not None}
+    generation = {name: given[name] for name in GENERATION if given[name] is not None}
     loading = {"adapter": adapter, "quantization": quantization, "compile": compile}
     start(model, character, file=load, once=once, loading=loading, **generation)
 
@@ -45,12 +39,9 @@ def demo(
     adapter: Adapter = None,
     quantization: Quantization = None,
     compile: Compile = False,
-    host: Annotated[str, typer.Option(help="绑定的地址 [address to bind]")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="端口；AutoDL 可以对外开放 6006 [port]")] = 6006,
-    password: Annotated[
-        str | None,
-        typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入页面要的密码 [login]"),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 6006,
+    password: Password = None,
     insecure: Annotated[bool, typer.Option(help="没有密码也绑定 127.0.0.1 以外的地址 [no login needed]")] = False,
     language: Annotated[str, typer.Option(help="页面的语言，zh 或 en [language]")] = "zh",
 ) -> None:

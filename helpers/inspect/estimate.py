@@ -1,7 +1,8 @@
 """The planner: how much GPU memory a task needs, part by part, and how long a download takes.
 
 Counted are the tensors that PyTorch holds at the peak (`torch.cuda.max_memory_allocated`). CUDA itself takes more, so
-`Estimate.fits` keeps `RESERVE_GIB` free. Checked within 10% against measured peaks in `benchmarks/memory_estimate.py`.
+`Estimate.fits` keeps `RESERVE_GIB` free. Within 5% of measured peaks on a CPU and of all tensors of the 6B, counted
+(`benchmarks/memory_estimate.py`).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..errors import HelpersError
 from ..model.loading import DTYPES, gpu_gib, resolve_model
 from ..model.modeling import CharacterGLMConfig
+from ..model.shapes import QKV as LORA_TARGETS
+from ..model.shapes import linear_shapes, lora_count
 
 RESERVE_GIB = 1.0  # for the CUDA context and the allocator's gaps; a rule of thumb, not measured
 USUAL_GPU_GIB = 24.0  # RTX 3090 and 4090
@@ -19,7 +22,12 @@ FLOAT32_BYTES = 4
 # Per weight of a linear layer. int8: one byte. nf4 with double quantisation: half a byte, one byte of scale for each
 # 64 weights, and 4 bytes for each 256 such scales (QLoRA, arXiv 2305.14314, section 3). Both leave the rest in `dtype`.
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj")
+CHOICES = {
+    "task": ("chat", "lora", "download"),
+    "dtype": tuple(DTYPES),
+    "quantization": (None, *QUANTIZED_BYTES),
+    "lora_targets": tuple(linear_shapes(CharacterGLMConfig())),
+}
 
 
 @dataclass(frozen=True)
@@ -69,42 +77,40 @@ def estimate(
     gpu: float | None = None,
     mbit_per_second: float = 100,
 ) -> Estimate:
-    """The memory a task takes at its peak, or the time a download takes.
+    """The memory a task takes at its peak, or the time a download takes; HelpersError if an argument makes no sense.
 
     Args:
         task: "chat" (reply to a prompt of `tokens` tokens), "lora" (train an adapter with AdamW) or "download".
         model: "6b" (its files need not be there), "nano", a model directory, or a model's config.
-        dtype: of the weights that are not quantised, and of the computation: a name in `loading.DTYPES`.
+        dtype: of the computation and of the weights that are not quantised: a name in `loading.DTYPES`.
         quantization: None, "int8" or "nf4" for the weights of the linear layers. Not measured yet: needs a GPU.
-        batch: conversations at a time, or rows in a training step.
-        tokens: per conversation or row.
-        lora_rank, lora_targets: as in `peft.LoraConfig`; the adapter is trained in float32.
-        checkpointing: gradient checkpointing, as in the Trainer.
+        batch, tokens: conversations or rows at a time, and the tokens of each.
+        lora_rank, lora_targets, checkpointing: as in PEFT and the Trainer; an adapter is trained in float32.
         gpu: GPU memory in GiB; by default this machine's, or 24 without a GPU.
-        mbit_per_second: bandwidth of a download.
-
-    Raises:
-        HelpersError: an argument makes no sense.
     """
-    _check(task, dtype, quantization, batch, tokens, lora_rank, lora_targets, mbit_per_second)
-    config = _config(model)
-    width = DTYPES[dtype].itemsize
+    _check(task=task, dtype=dtype, quantization=quantization, batch=batch, tokens=tokens, lora_rank=lora_rank)
+    _check(lora_targets=lora_targets, mbit_per_second=mbit_per_second)
+    config, width = _config(model), DTYPES[dtype].itemsize
     if task == "download":
-        size = 2 * parameter_count(config)  # stored in half precision
-        return Estimate(task, {"下载": size}, seconds=size * 8 / (mbit_per_second * 1e6))
-    adapter = FLOAT32_BYTES * lora_count(config, lora_rank, lora_targets) if task == "lora" else 0
-    parts = {
-        "权重": weight_bytes(config, width, quantization),
-        "KV cache": _kv_bytes(config, width, batch * tokens) if task == "chat" else 0,
-        "LoRA": adapter,
-        "优化器": 2 * adapter,  # AdamW keeps two moments; the adapter's gradients come after the peak
-        "激活": _dequantized_bytes(config, width, quantization),
-    }
+        parts = {"下载": 2 * parameter_count(config)}  # stored in half precision
+        return Estimate(task, parts, seconds=parts["下载"] * 8 / (mbit_per_second * 1e6))
+    parts = {"权重": weight_bytes(config, width, quantization)}
     if task == "chat":
-        parts["激活"] += _prefill_bytes(config, width, batch * tokens)
+        parts |= _chat_parts(config, width, batch * tokens)
     else:
-        parts["激活"] += _training_bytes(config, width, batch * tokens, checkpointing, lora_targets)
+        parts |= _lora_parts(config, width, batch * tokens, lora_rank, lora_targets, checkpointing)
+    if quantization:  # one linear layer at a time is turned back into `dtype`
+        parts["激活"] += width * max(rows * columns for rows, columns in linear_shapes(config).values())
     return Estimate(task, parts, gpu or gpu_gib() or USUAL_GPU_GIB)
+
+
+def _check(**arguments) -> None:
+    for name, value in arguments.items():
+        allowed = CHOICES.get(name)
+        wrong = [one for one in (value if name == "lora_targets" else [value]) if allowed and one not in allowed]
+        if wrong or not (allowed or value > 0):
+            should = f"可选 {'、'.join(map(str, allowed))}" if allowed else "应大于 0"
+            raise HelpersError(f"{name}={value!r} 没有意义 [invalid {name}]：{should}")
 
 
 def _config(model):
@@ -113,53 +119,16 @@ def _config(model):
     return CharacterGLMConfig() if model == "6b" else AutoConfig.from_pretrained(resolve_model(model))
 
 
-def _check(task, dtype, quantization, batch, tokens, lora_rank, lora_targets, mbit_per_second) -> None:
-    choices = {
-        "task": (task, ("chat", "lora", "download")),
-        "dtype": (dtype, tuple(DTYPES)),
-        "quantization": (quantization, (None, *QUANTIZED_BYTES)),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise HelpersError(f"{name}={value!r} 没有意义 [invalid {name}]：可选 {'、'.join(map(str, allowed))}")
-    if unknown := set(lora_targets) - set(linear_shapes(CharacterGLMConfig())):
-        raise HelpersError(f"没有这样的层 [invalid lora_targets]：{'、'.join(sorted(unknown))}")
-    numbers = {"batch": batch, "tokens": tokens, "lora_rank": lora_rank, "mbit_per_second": mbit_per_second}
-    for name, value in numbers.items():
-        if not value > 0:
-            raise HelpersError(f"{name}={value!r} 没有意义 [invalid {name}]：应大于 0")
-
-
-def linear_shapes(config) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linear layers in one block, by the names transformers gives them."""
-    heads, groups = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    return {
-        "q_proj": (config.hidden_size, heads),
-        "k_proj": (config.hidden_size, groups),
-        "v_proj": (config.hidden_size, groups),
-        "o_proj": (heads, config.hidden_size),
-        "gate_up_proj": (config.hidden_size, 2 * config.intermediate_size),
-        "down_proj": (config.intermediate_size, config.hidden_size),
-    }
-
-
-def _linear_count(config) -> int:
-    return config.num_hidden_layers * sum(rows * columns for rows, columns in linear_shapes(config).values())
-
-
 def parameter_count(config) -> int:
     """Parameters of the whole model: 6,243,584,000 for the 6B."""
-    shapes = linear_shapes(config)
-    biases = sum(shapes[name][1] for name in LORA_TARGETS)  # q, k and v have one
+    biases = sum(linear_shapes(config)[name][1] for name in LORA_TARGETS)  # q, k and v have one
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
     embeddings = 2 * config.vocab_size * config.hidden_size  # input and output, untied
     return _linear_count(config) + config.num_hidden_layers * biases + norms + embeddings
 
 
-def lora_count(config, rank: int, targets: Sequence[str] = LORA_TARGETS) -> int:
-    """Parameters of a LoRA adapter: 3,784,704 for rank 8 on q, k and v of the 6B."""
-    shapes = linear_shapes(config)
-    return config.num_hidden_layers * sum(rank * sum(shapes[name]) for name in targets)
+def _linear_count(config) -> int:
+    return config.num_hidden_layers * sum(rows * columns for rows, columns in linear_shapes(config).values())
 
 
 def weight_bytes(config, width: int, quantization: str | None = None) -> int:
@@ -168,35 +137,26 @@ def weight_bytes(config, width: int, quantization: str | None = None) -> int:
     return round(quantized * QUANTIZED_BYTES.get(quantization, 0)) + (parameter_count(config) - quantized) * width
 
 
-def _dequantized_bytes(config, width: int, quantization: str | None) -> int:
-    # One linear layer at a time is turned back into `dtype`.
-    return width * max(rows * columns for rows, columns in linear_shapes(config).values()) if quantization else 0
-
-
-def _kv_bytes(config, width: int, tokens: int) -> int:
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width * tokens
-
-
-def _prefill_bytes(config, width: int, tokens: int) -> int:
+def _chat_parts(config, width: int, tokens: int) -> dict[str, int]:
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width * tokens
     # The peak is in the feed-forward of a block. Alive there: embeddings, the block's input, residual and normalised
     # input (4 x hidden), gate and up, silu(gate) and the product (4 x intermediate).
-    return width * tokens * 4 * (config.hidden_size + config.intermediate_size)
+    prefill = width * tokens * 4 * (config.hidden_size + config.intermediate_size)
+    return {"KV cache": cache, "LoRA": 0, "优化器": 0, "激活": prefill}
 
 
-def _training_bytes(config, width: int, tokens: int, checkpointing: bool, lora_targets: Sequence[str]) -> int:
+def _lora_parts(config, width: int, tokens: int, rank: int, targets: Sequence[str], checkpointing: bool) -> dict:
+    adapter = FLOAT32_BYTES * lora_count(config, rank, targets)
+    hidden, groups = config.hidden_size, config.num_key_value_heads * config.head_dim
     # The peak is where the loss goes backwards: log-probabilities and two gradients over the vocabulary, in float32,
     # beside what all blocks have saved. With checkpointing a block saves its input only.
-    saved = config.hidden_size * width if checkpointing else _saved_by_block(config, width, lora_targets)
-    last_norm = config.hidden_size * FLOAT32_BYTES
-    return tokens * (config.num_hidden_layers * saved + last_norm + 3 * config.vocab_size * FLOAT32_BYTES)
-
-
-def _saved_by_block(config, width: int, lora_targets: Sequence[str]) -> int:
-    # Per token, for the backward pass through frozen weights: the float32 inputs of two norms; gate, up and silu(gate);
-    # queries, keys, values and output of attention; inputs of the adapters.
-    hidden, groups = config.hidden_size, config.num_key_value_heads * config.head_dim
-    norms = 2 * hidden * FLOAT32_BYTES
-    feed_forward = 3 * config.intermediate_size * width
-    attention = 2 * (hidden + groups) * width
-    adapters = len(lora_targets) * hidden * width
-    return norms + feed_forward + attention + adapters
+    saved = hidden * width
+    if not checkpointing:
+        # For the backward pass through frozen weights: the float32 inputs of two norms; gate, up and silu(gate);
+        # queries, keys, values and output of attention; inputs of the adapters.
+        saved = 2 * hidden * FLOAT32_BYTES
+        saved += width * (3 * config.intermediate_size + 2 * (hidden + groups) + len(targets) * hidden)
+    loss = FLOAT32_BYTES * (hidden + 3 * config.vocab_size)
+    # AdamW keeps two moments; the adapter's gradients come after the peak.
+    parts = {"KV cache": 0, "LoRA": adapter, "优化器": 2 * adapter}
+    return parts | {"激活": tokens * (config.num_hidden_layers * saved + loss)}

@@ -1,16 +1,13 @@
-"""The preflight: is this machine ready? Each check says OK or what to do.
+"""The preflight that notebooks show: is this machine ready? Each check says OK or what to do."""
 
-`preflight` is the short form that notebooks show; `examine` adds what matters before the first notebook: libraries,
-driver, GPU memory for each notebook, disk, port 6006 and the JupyterLab kernel.
-"""
-
-import importlib.metadata
-import sys
+import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import torch
+from packaging.requirements import Requirement
 
 from ..errors import CheckpointError
 from ..model.checkpoint import check_checkpoint
@@ -18,7 +15,7 @@ from ..model.download import bytes_needed, default_model_dir, find_downloaded
 from ..model.loading import MIN_GPU_GIB, NANO_DIR, gpu_gib, pick_model
 from ..paths import free_bytes
 
-MIN_VERSIONS = {"torch": (2, 6), "transformers": (5, 23)}
+OLDEST_LIBRARIES = ("torch>=2.6", "transformers>=5.23")
 
 
 @dataclass(frozen=True)
@@ -53,30 +50,18 @@ class Preflight(list):
 def preflight(model="auto") -> Preflight:
     """Check Python, libraries, device, memory, disk and model files for running `model` ("auto", "nano", "6b", path)."""
     name, reason = pick_model(model)
-    return Preflight(
-        [
-            check_python(),
-            *(check_version(library, minimum) for library, minimum in MIN_VERSIONS.items()),
-            check_device(name, reason),
-            check_model_files(name),
-        ]
-    )
+    python = Check("Python", platform.python_version())  # an older one than 3.11 has stopped at the imports
+    libraries = map(check_version, OLDEST_LIBRARIES)
+    return Preflight([python, *libraries, check_device(name, reason), check_model_files(name)])
 
 
-def check_python() -> Check:
-    """Python is 3.11 or newer, as transformers 5 needs it."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Check("Python", version, "" if sys.version_info >= (3, 11) else "需要 Python >= 3.11：换一个更新的镜像")
-
-
-def check_version(library: str, minimum: tuple[int, int]) -> Check:
-    """A library is not older than `minimum`."""
-    version = importlib.metadata.version(library)
-    new_enough = tuple(map(int, version.split(".")[:2])) >= minimum
-    needed = ".".join(map(str, minimum))
-    return Check(
-        library, version, "" if new_enough else f"需要 {library} >= {needed}：运行 make run，或换一个更新的镜像"
-    )
+def check_version(requirement: str) -> Check:
+    """A library is not older than `requirement` says ("torch>=2.6")."""
+    wanted = Requirement(requirement)
+    found = version(wanted.name)
+    new_enough = wanted.specifier.contains(found, prereleases=True)  # NVIDIA's images bring torch 2.x.0a0
+    advice = f"需要 {requirement.replace('>=', ' >= ')}：运行 make run，或换一个更新的镜像"
+    return Check(wanted.name, found, "" if new_enough else advice)
 
 
 def check_device(name: str, reason: str) -> Check:

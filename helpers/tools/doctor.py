@@ -1,19 +1,15 @@
-"""The preflight: is this machine ready? Each check says OK or what to do.
+"""The doctor: is this machine ready for all notebooks? `preflight`, and what matters before the first notebook."""
 
-`preflight` is the short form that notebooks show; `examine` adds what matters before the first notebook: libraries,
-driver, GPU memory for each notebook, disk, port 6006 and the JupyterLab kernel.
-"""
-
-import importlib.metadata
 import re
-import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from ..inspect.estimate import RESERVE_GIB, estimate
 from ..inspect.preflight import Check, Preflight, check_disk, preflight
@@ -44,37 +40,33 @@ def check_libraries(requirements: Path = PROJECT_DIR / "requirements.txt") -> Ch
     return Check("依赖库", "；".join(problems), "运行 make setup，并确认用的是 .venv 里的 Python")
 
 
-def _problem(requirement: Requirement) -> str:
+def _problem(wanted: Requirement) -> str:
     try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return f"没有 {requirement.name}"
-    return (
-        "" if requirement.specifier.contains(version) else f"{requirement.name} {version} 不在 {requirement.specifier}"
-    )
+        found = version(wanted.name)
+    except PackageNotFoundError:
+        return f"没有 {wanted.name}"
+    return "" if wanted.specifier.contains(found) else f"{wanted.name} {found} 不在 {wanted.specifier}"
 
 
 def check_driver() -> Check:
     """torch can use the GPU that the driver sees."""
-    built_for = torch.version.cuda
-    build = f"torch 的 CUDA {built_for}" if built_for else "CPU 版 torch"
-    driver = driver_cuda()
+    built_for, driver = torch.version.cuda, driver_cuda()
+    found = f"torch 的 CUDA {built_for}" if built_for else "CPU 版 torch"
     if driver is None:
-        return Check("CUDA 与驱动", f"{build}，没有 NVIDIA 驱动")
-    found = f"{build}，驱动支持到 CUDA {driver}"
+        return Check("CUDA 与驱动", f"{found}，没有 NVIDIA 驱动")
     if torch.cuda.is_available():
-        return Check("CUDA 与驱动", found)
-    if not built_for:
-        return Check("CUDA 与驱动", found, "装成了 CPU 版 torch：删掉 .venv 重新 make run，沿用镜像自带的 torch")
-    if _numbers(built_for) > _numbers(driver):
-        return Check("CUDA 与驱动", found, "torch 比驱动新：换回镜像自带的 torch，或租 CUDA 更高的机器")
-    return Check("CUDA 与驱动", found, "看得到驱动，但没有可用的 GPU：可能是无卡模式，以有卡模式重新开机")
+        advice = ""
+    elif not built_for:
+        advice = "装成了 CPU 版 torch：删掉 .venv 重新 make run，沿用镜像自带的 torch"
+    elif Version(built_for) > Version(driver):
+        advice = "torch 比驱动新：换回镜像自带的 torch，或租 CUDA 更高的机器"
+    else:
+        advice = "看得到驱动，但没有可用的 GPU：可能是无卡模式，以有卡模式重新开机"
+    return Check("CUDA 与驱动", f"{found}，驱动支持到 CUDA {driver}", advice)
 
 
 def driver_cuda() -> str | None:
     """The newest CUDA that the NVIDIA driver supports, as nvidia-smi prints it; None without a driver."""
-    if not shutil.which("nvidia-smi"):
-        return None
     try:
         done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -83,20 +75,15 @@ def driver_cuda() -> str | None:
     return match[1] if match else None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
-
-
 def check_gpu_memory() -> list[Check]:
     """What each notebook needs for the 6B, against the GPU there is; nothing to do without a GPU."""
     memory = gpu_gib()
+    have = f"GPU 有 {memory:.1f}" if memory else "没有 GPU"
     checks = []
     for name, (task, options) in NOTEBOOK_TASKS.items():
         needed = estimate(task, "6b", **options, gpu=memory or None)
-        found = f"估计 {needed.gib:.1f} GiB，另留 {RESERVE_GIB:g}" + (
-            f"；GPU 有 {memory:.1f}" if memory else "；没有 GPU"
-        )
         advice = "显存不够：换 24 GB 的 GPU，或用 quantization='nf4'" if memory and not needed.fits else ""
+        found = f"估计 {needed.gib:.1f} GiB，另留 {RESERVE_GIB:g}；{have}"
         checks.append(Check(f"6b 显存 {name}", found, advice))
     return checks
 
@@ -110,10 +97,8 @@ def check_port(port: int = DEFAULT_PORT) -> Check:
 
 def _who_listens(port: int) -> str:
     try:
-        pids = {
-            c.pid for c in psutil.net_connections("inet") if c.laddr and c.laddr.port == port and c.status == "LISTEN"
-        }
-        processes = [psutil.Process(pid) for pid in pids if pid]
+        found = {c.pid for c in psutil.net_connections("inet") if c.laddr[1:] == (port,) and c.status == "LISTEN"}
+        processes = [psutil.Process(pid) for pid in found if pid]
         return "、".join(f"{p.name()}（进程 {p.pid}）" for p in processes) or "另一个进程"
     except psutil.Error:
         return "另一个进程"  # of another user: only root sees whose it is
@@ -123,17 +108,15 @@ def check_kernel() -> Check:
     """JupyterLab has a kernel that runs this Python."""
     from jupyter_client.kernelspec import KernelSpecManager
 
-    specs = KernelSpecManager().get_all_specs()
-    here = {name for name, spec in specs.items() if _same_python(spec["spec"].get("argv") or [""])}
+    kernels = KernelSpecManager().get_all_specs()
+    here = sorted(name for name, kernel in kernels.items() if _is_this_python(kernel["spec"].get("argv") or [""]))
     if here:
-        return Check("JupyterLab kernel", f"{'、'.join(sorted(here))} 用的是这个 Python")
-    found = "、".join(sorted(specs)) or "一个也没有"
-    return Check(
-        "JupyterLab kernel", f"{found}，都不是这个 Python", "运行 make kernel，再在 JupyterLab 里选 CharacterGLM"
-    )
+        return Check("JupyterLab kernel", f"{'、'.join(here)} 用的是这个 Python")
+    found = f"{'、'.join(sorted(kernels)) or '一个也没有'}，都不是这个 Python"
+    return Check("JupyterLab kernel", found, "运行 make kernel，再在 JupyterLab 里选 CharacterGLM")
 
 
-def _same_python(command: list[str]) -> bool:
+def _is_this_python(command: list[str]) -> bool:
     # By folder: .venv/bin/python is itself a link to the Python that the environment was made from.
     here = Path(sys.executable).parent.resolve()
     return command[0] in ("python", "python3") or Path(command[0]).parent.resolve() == here

@@ -3,14 +3,15 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import nbformat
+from nbconvert.preprocessors import TagRemovePreprocessor
 from nbformat import NotebookNode
 
 from ..errors import HelpersError
+from ..inspect.receipt import map_texts
 from ..paths import PROJECT_DIR
 from .runner import NOTEBOOKS_DIR, Result, run_notebooks
 
@@ -20,8 +21,12 @@ PERSONAL_PATH = re.compile(
     r"|\b[A-Z]:\\\w[^\s'\"]*"
 )
 KEPT_CELL_METADATA = {"tags", "jupyter", "editable", "deletable"}
-KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+without_injected_cells = TagRemovePreprocessor(remove_cell_tags={"injected-parameters", "papermill-error-cell-tag"})
 
 
 class PersonalPathError(HelpersError, ValueError):
@@ -34,11 +39,9 @@ def refresh_notebooks(
     """Run the notebooks on Nano; if all succeed, write their cleaned copies over those in `notebooks_dir`."""
     results = run_notebooks(numbers, model="nano", output_dir=output_dir, notebooks_dir=notebooks_dir)
     if all(result.status == "ok" for result in results):
-        cleaned = {
-            result.notebook: strip_for_git(nbformat.read(Path(output_dir) / result.executed, as_version=4))
-            for result in results
-        }
-        for name, notebook in cleaned.items():
+        executed = {r.notebook: nbformat.read(Path(output_dir) / r.executed, as_version=4) for r in results}
+        cleaned = {name: strip_for_git(notebook) for name, notebook in executed.items()}
+        for name, notebook in cleaned.items():  # all are clean, so all are written
             nbformat.write(notebook, Path(notebooks_dir) / name)
     return results
 
@@ -46,83 +49,43 @@ def refresh_notebooks(
 def strip_for_git(notebook: NotebookNode) -> NotebookNode:
     """A copy of an executed notebook that is the same whoever ran it, wherever and whenever.
 
-    Removed: the injected parameters and error markers, all metadata of papermill, widgets and timing. Paths
-    below the project become relative; PersonalPathError if another one is left. Execution counts run from 1
-    without gaps, cell ids follow from the source.
+    Removed: the injected parameters and error markers, all metadata of papermill, widgets and timing. Paths below the
+    project become relative. Execution counts run from 1 without gaps, cell ids follow from kind and source: a run
+    changes none, an edit one.
+
+    Raises:
+        PersonalPathError: another absolute path is left in an output.
     """
-    cells = [_clean_cell(cell) for cell in notebook.cells if not _is_injected(cell)]
-    _renumber(cells)
-    _set_ids(cells)
-    metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
-    cleaned = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
-    cleaned.nbformat_minor = 5
+    cells = without_injected_cells.preprocess(deepcopy(notebook), {})[0].cells
+    count, seen = 0, Counter()
+    for cell in cells:
+        # nbconvert's ClearMetadata leaves text cells alone, and papermill puts its own, and an empty list of tags, there.
+        cell.metadata = {k: value for k, value in cell.metadata.items() if k in KEPT_CELL_METADATA and value != []}
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
+        cell.id = f"{digest}-{seen[digest]}" if seen[digest] else digest
+        seen[digest] += 1
+        if cell.cell_type == "code":
+            cell.execution_count = count = count + 1  # the removed cells left gaps
+            cell.outputs = [_clean_output(output, count) for output in cell.outputs]
+    cleaned = nbformat.v4.new_notebook(cells=cells, metadata=METADATA, nbformat_minor=5)
     nbformat.validate(cleaned)
     return cleaned
 
 
-def _is_injected(cell: NotebookNode) -> bool:
-    return bool({"injected-parameters", "papermill-error-cell-tag"} & set(cell.metadata.get("tags", [])))
-
-
-def _clean_cell(cell: NotebookNode) -> NotebookNode:
-    cell = NotebookNode(cell)
-    # papermill puts an empty list of tags on every cell.
-    cell.metadata = {k: value for k, value in cell.metadata.items() if k in KEPT_CELL_METADATA and value != []}
-    if cell.cell_type == "code":
-        cell.outputs = [_clean_output(output) for output in cell.outputs]
-    return cell
-
-
-def _clean_output(output: NotebookNode) -> NotebookNode:
-    output = nbformat.from_dict(_map_text(output, _relative_paths))
+def _clean_output(output: NotebookNode, count: int) -> NotebookNode:
+    output = nbformat.from_dict(map_texts(output, _relative_paths))
     # Without its state a widget view shows as an error; the text or HTML beside it stays.
     output.get("data", {}).pop(WIDGET_VIEW, None)
-    _map_text(output, _refuse_personal_path)
+    if output.output_type == "execute_result":
+        output.execution_count = count
     return output
 
 
-def _map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with every text in it changed; pictures are left alone."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [_map_text(item, change) for item in value]
-    if isinstance(value, dict):
-        return {key: item if _is_picture(key) else _map_text(item, change) for key, item in value.items()}
-    return value
-
-
-def _is_picture(key: str) -> bool:
-    return key.startswith("image/") and key != "image/svg+xml"
-
-
 def _relative_paths(text: str) -> str:
-    return text.replace(f"{PROJECT_DIR}/", "").replace(str(PROJECT_DIR), ".")
-
-
-def _refuse_personal_path(text: str) -> str:
+    text = text.replace(f"{PROJECT_DIR}/", "").replace(str(PROJECT_DIR), ".")
     found = PERSONAL_PATH.search(text) or re.search(rf"{re.escape(str(Path.home()))}/(?!autodl-)\S*", text)
     if found:
         raise PersonalPathError(
             f"输出里有这台机器的路径 [personal path in an output]：{found[0]}。请让 notebook 显示相对路径"
         )
     return text
-
-
-def _renumber(cells: list[NotebookNode]) -> None:
-    """Execution counts 1, 2, 3 ... : the removed cells left gaps."""
-    code_cells = (cell for cell in cells if cell.cell_type == "code")
-    for count, cell in enumerate(code_cells, start=1):
-        cell.execution_count = count
-        for output in cell.outputs:
-            if output.output_type == "execute_result":
-                output.execution_count = count
-
-
-def _set_ids(cells: list[NotebookNode]) -> None:
-    """Ids from kind and source, so that a run changes none and an edit changes one."""
-    seen: Counter[str] = Counter()
-    for cell in cells:
-        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
-        cell.id = f"{digest}-{seen[digest]}" if seen[digest] else digest
-        seen[digest] += 1

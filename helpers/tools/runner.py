@@ -15,7 +15,6 @@ from jupyter_client.manager import AsyncKernelManager
 from papermill import execute_notebook, inspect_notebook
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..errors import HelpersError, did_you_mean
@@ -34,13 +33,13 @@ class RunError(HelpersError):
 
 @dataclass
 class Failure:
-    """Where and how a notebook failed; `cell` counts the cells of the notebook in git from 1."""
+    """Where and how a notebook failed; `cell` counts the cells of the notebook in git from 1, 0: the kernel never started."""
 
     cell: int
-    execution_count: int | None
     source: str
     error: str
-    traceback: str
+    traceback: str = ""
+    execution_count: int | None = None
 
 
 @dataclass
@@ -77,21 +76,26 @@ def run_notebooks(
 ) -> list[Result]:
     """Run the notebooks with these numbers (all if empty), in order, stopping after the first that fails.
 
-    Executed copies and `run.json` go to `output_dir`, which the notebooks get as OUTPUT_DIR. The working
-    directory is the caller's, as with papermill itself. Raises RunError, before anything starts, for an
-    unknown notebook or parameter.
+    Executed copies and `run.json` go to `output_dir`, which the notebooks get as OUTPUT_DIR. The working directory is
+    the caller's, as with papermill itself.
+
+    Raises:
+        RunError: an unknown notebook or parameter. Nothing has been started.
     """
     output_dir = Path(output_dir).resolve()
     if output_dir == Path(notebooks_dir).resolve():
         raise RunError("输出会覆盖原件 [output would overwrite the notebooks]：请换一个 --output-dir")
-    notebooks = find_notebooks(numbers, notebooks_dir)
-    plan = plan_parameters(notebooks, parameters or {}, model=model, output_dir=output_dir)
+    plan = plan_parameters(find_notebooks(numbers, notebooks_dir), parameters or {}, model=model, output_dir=output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    results = [Result(path.name, parameters=plan[path]) for path in notebooks]
-    started = utc_now()
-    for path, result in zip(notebooks, results, strict=True):
+    results = [Result(path.name, parameters=values) for path, values in plan.items()]
+    report = {"started_utc": utc_now(), "finished_utc": None, "status": "running", "model": model}
+    report["versions"] = collect_versions()
+    for path, result in zip(plan, results):
         run_one(path, result, output_dir)
-        write_report(output_dir, started, model, results)
+        if result.status == "failed" or result is results[-1]:
+            report["status"] = result.status
+        report |= {"finished_utc": utc_now(), "notebooks": [asdict(result) for result in results]}
+        write_json(output_dir / "run.json", report)
         if result.status == "failed":
             break
     return results
@@ -133,7 +137,7 @@ def plan_parameters(
         if name in given:
             raise RunError(f"{name} 请用 {option} 给出 [use {option}]")
     declared = {path: declared_parameters(path) for path in notebooks}
-    refuse_unknown(given, sorted(set().union(*declared.values()) - {"MODEL", "OUTPUT_DIR"}))
+    check_known(given, sorted(set().union(*declared.values()) - {"MODEL", "OUTPUT_DIR"}))
     checked(given, "-p")
     if Path(model).is_dir():
         model = str(Path(model).resolve())
@@ -141,78 +145,58 @@ def plan_parameters(
     return {path: {n: value for n, value in values.items() if n in declared[path]} for path in notebooks}
 
 
-def refuse_unknown(given: dict[str, Any], known: list[str]) -> None:
+def check_known(given: dict[str, Any], known: list[str]) -> None:
     """Raise RunError for names that are not known, with the closest known name: papermill would only warn."""
-    unknown = [name for name in given if name not in known]
-    if not unknown:
-        return
-    hint, names, choice = did_you_mean(unknown[0].upper(), known), "、".join(unknown), " ".join(known) or "无 none"
-    raise RunError(f"未知参数 {names} [unknown parameter]：{hint}可用参数 [known]：{choice}")
+    if unknown := [name for name in given if name not in known]:
+        names, choice = "、".join(unknown), " ".join(known) or "无 none"
+        hint = did_you_mean(unknown[0].upper(), known)
+        raise RunError(f"未知参数 {names} [unknown parameter]：{hint}可用参数 [known]：{choice}")
 
 
-def parse_parameters(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Values typed as on papermill's command line: "True", "None", "3", "0.5" become what they look like."""
-    from papermill.cli import _resolve_type
+class CurrentCell:
+    """Which cell runs, by its number in the notebook in git; where no bar can be drawn, a line for each code cell."""
 
-    return {name: _resolve_type(value) for name, value in pairs}
-
-
-class CellProgress:
-    """Shows the running cell as n/m: a live bar on a terminal, one line per code cell elsewhere."""
-
-    def __init__(self, notebook: str, cells: int, injected_at: int | None, console: Console) -> None:
-        self.notebook, self.cells, self.injected_at, self.console = notebook, cells, injected_at, console
-        self.current = 0
-        self.started = time.monotonic()
-        name, cell = TextColumn("{task.description}"), TextColumn("{task.fields[cell]}")
-        columns = (SpinnerColumn(), name, BarColumn(), cell, TimeElapsedColumn())
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task(notebook, total=cells, cell="")
-
-    def position(self, cell_index: int) -> int:
-        """The cell's number in the notebook in git, which lacks the cell that papermill injects."""
-        return cell_index + (self.injected_at is None or cell_index < self.injected_at)
+    def __init__(self, path: Path) -> None:
+        self.name, self.cells = path.name, nbformat.read(path, as_version=4).cells
+        # By id: papermill's injected cell, which is not in git, moves the others down.
+        self.numbers = {cell.id: number for number, cell in enumerate(self.cells, start=1)}
+        self.number, self.started = 0, time.monotonic()
 
     def on_cell_start(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
         """nbclient's hook: called before every cell, text cells included."""
-        if cell_index == self.injected_at:
-            return
-        self.current = self.position(cell_index)
-        label = f"单元格 cell {self.current}/{self.cells}"
-        self.bar.update(self.task, completed=self.current - 1, cell=label)
-        if not self.console.is_terminal and cell.cell_type == "code":
-            elapsed = time.monotonic() - self.started
-            print(f"{self.notebook}  {label}  {elapsed:.1f} s", flush=True)
+        self.number = self.numbers.get(cell.id, self.number)
+        if cell.id in self.numbers and cell.cell_type == "code" and not sys.stdout.isatty():
+            seconds = time.monotonic() - self.started
+            print(f"{self.name}  单元格 cell {self.number}/{len(self.cells)}  {seconds:.1f} s", flush=True)
 
-    def finish(self) -> None:
-        """Fill the bar: the last cell has ended."""
-        self.bar.update(self.task, completed=self.cells)
+    def died(self, error: RuntimeError) -> Failure:
+        """A kernel that ended leaves no traceback; the cell it was in is the one to look at."""
+        if not self.number:
+            return Failure(0, "", f"内核没有启动 [kernel did not start]：{error}。请检查 127.0.0.1 能否连接，再重试")
+        why = f"内核退出了 [kernel died]：{error}。常见原因是内存或显存不足 [out of memory]"
+        return Failure(self.number, self.cells[self.number - 1].source, why)
 
 
 def run_one(path: Path, result: Result, output_dir: Path) -> None:
     """Execute one notebook into `output_dir` and fill in its result; a failure is recorded, not raised."""
     receipt = receipt_path(output_dir, path.name)
     before = _fingerprint(receipt)
-    started = time.monotonic()
-    notebook = nbformat.read(path, as_version=4)
-    progress = CellProgress(path.name, len(notebook.cells), _injection_index(notebook, result), Console())
+    current = CurrentCell(path)
     result.executed = path.name
     try:
-        with progress.bar:
-            _execute(path, output_dir / path.name, result.parameters, progress)
-            progress.finish()
-        result.status = "ok"
+        _execute(path, output_dir / path.name, result.parameters, current)
     except PapermillExecutionError as error:
-        result.failure = describe_failure(error, progress)
+        traceback = ANSI_ESCAPE.sub("", "\n".join(error.traceback))
+        what = f"{error.ename}: {error.evalue}"
+        result.failure = Failure(current.number, error.source, what, traceback, error.exec_count)
     except RuntimeError as error:  # nbclient: the kernel died or never started
-        result.failure = describe_dead_kernel(error, notebook, progress)
-    if result.failure:
-        result.status = "failed"
-    result.seconds = round(time.monotonic() - started, 1)
+        result.failure = current.died(error)
+    result.status = "failed" if result.failure else "ok"
+    result.seconds = round(time.monotonic() - current.started, 1)
     result.receipt = receipt.name if _fingerprint(receipt) != before else None
 
 
-def _execute(path: Path, copy: Path, parameters: dict[str, Any], progress: CellProgress) -> None:
+def _execute(path: Path, copy: Path, parameters: dict[str, Any], current: CurrentCell) -> None:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # no debugger warning, as papermill's CLI
     execute_notebook(
         _papermill_path(path),
@@ -220,60 +204,19 @@ def _execute(path: Path, copy: Path, parameters: dict[str, Any], progress: CellP
         parameters,
         kernel_name="python3",
         language="python",
-        progress_bar=False,
+        progress_bar={"desc": path.name} if sys.stdout.isatty() else False,
         log_output=False,
         start_timeout=START_TIMEOUT_SECONDS,
         # The rest goes to nbclient. Widget state would make a copy ten times as large and is of no use in it.
         store_widget_state=False,
         kernel_manager_class=InterpreterKernelManager,
-        on_cell_start=progress.on_cell_start,
+        on_cell_start=current.on_cell_start,
     )
-
-
-def _injection_index(notebook: nbformat.NotebookNode, result: Result) -> int | None:
-    tagged = (i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-    return next(tagged, -1) + 1 if result.parameters else None
 
 
 def _fingerprint(file: Path) -> tuple[int, int] | None:
     # Tells a receipt of this run from one that an earlier run left.
     return (file.stat().st_mtime_ns, file.stat().st_ino) if file.exists() else None
-
-
-def describe_failure(error: PapermillExecutionError, progress: CellProgress) -> Failure:
-    """The failing cell of an executed notebook, its traceback without colour codes."""
-    return Failure(
-        cell=progress.position(error.cell_index),
-        execution_count=error.exec_count,
-        source=error.source,
-        error=f"{error.ename}: {error.evalue}",
-        traceback=ANSI_ESCAPE.sub("", "\n".join(error.traceback)),
-    )
-
-
-def describe_dead_kernel(error: RuntimeError, notebook: nbformat.NotebookNode, progress: CellProgress) -> Failure:
-    """A kernel that ended leaves no traceback; the cell it was in is the one to look at (0: it never started)."""
-    cell = progress.current
-    if not cell:
-        why = f"内核没有启动 [kernel did not start]：{error}。请检查 127.0.0.1 能否连接，再重试"
-        return Failure(cell=0, execution_count=None, source="", error=why, traceback="")
-    why = f"内核退出了 [kernel died]：{error}。常见原因是内存或显存不足 [out of memory]"
-    return Failure(cell, execution_count=None, source=notebook.cells[cell - 1].source, error=why, traceback="")
-
-
-def write_report(output_dir: Path, started: str, model: str, results: list[Result]) -> Path:
-    """Write `run.json`: what ran, with which parameters, how long, and how it ended."""
-    failed = any(result.status == "failed" for result in results)
-    done = all(result.status == "ok" for result in results)
-    report = {
-        "started_utc": started,
-        "finished_utc": utc_now(),
-        "status": "failed" if failed else "ok" if done else "running",
-        "model": model,
-        "versions": collect_versions(),
-        "notebooks": [asdict(result) for result in results],
-    }
-    return write_json(output_dir / "run.json", report)
 
 
 def print_summary(results: list[Result], output_dir: str | Path) -> None:
@@ -295,12 +238,6 @@ def format_failure(result: Result) -> str:
     if not failure.cell:
         return f"{result.notebook}：{failure.error}"
     count = f", In [{failure.execution_count}]" if failure.execution_count else ""
-    lines = [
-        f"{result.notebook} 的第 {failure.cell} 个单元格出错 [cell {failure.cell} failed{count}]",
-        failure.error,
-        "---- 单元格源码 [source] ----",
-        failure.source,
-    ]
-    if failure.traceback:
-        lines += ["---- 错误回溯 [traceback] ----", failure.traceback]
-    return "\n".join(lines)
+    text = f"{result.notebook} 的第 {failure.cell} 个单元格出错 [cell {failure.cell} failed{count}]\n{failure.error}\n"
+    text += f"---- 单元格源码 [source] ----\n{failure.source}"
+    return text + (f"\n---- 错误回溯 [traceback] ----\n{failure.traceback}" if failure.traceback else "")

@@ -137,8 +137,8 @@ def test_missing_model_says_what_to_type(monkeypatch):
 
 def test_command_prints_every_word_and_its_exit_status_tells(run_command, tmp_path):
     (tmp_path / "empty").mkdir()
-    done = run_command("-m", "helpers", "doctor", "--model", "empty")
-    assert done.returncode == 1
+    done = CliRunner().invoke(app, ["doctor", "--model", "empty"])
+    assert done.exit_code == 1
     assert "[empty directory]" in re.sub(r"[│\s]+", " ", done.stdout), "not taken for markup"
     done = run_command("-m", "helpers", "doctor", "--json", "--model", "nano")
     checks = json.loads(done.stdout)

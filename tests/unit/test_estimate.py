@@ -98,7 +98,7 @@ def test_a_row_holds_parts_sum_and_verdict():
         ({"quantization": "int3"}, "invalid quantization"),
         ({"tokens": 0}, "invalid tokens"),
         ({"lora_rank": -1}, "invalid lora_rank"),
-        ({"lora_targets": ["query_key_value"]}, "invalid lora_targets.*query_key_value"),
+        ({"lora_targets": ["query_key_value"]}, "query_key_value.*invalid lora_targets"),
         ({"mbit_per_second": 0}, "invalid mbit_per_second"),
     ],
 )

@@ -108,6 +108,7 @@ print(max(used) - used[0])
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_far_below_the_size_of_a_shard(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path / SHARDS[0])],
@@ -120,6 +121,7 @@ def test_memory_stays_far_below_the_size_of_a_shard(tmp_path):
     assert int(done.stdout) < 64e6
 
 
+@pytest.mark.slow
 def test_figures_are_measured_and_recorded_on_any_device(small, run_command, tmp_path):
     options = {"--prompt-tokens": 64, "--new-tokens": 16, "--batch": 2, "--row-tokens": 32, "--steps": 3}
     words = [str(word) for pair in options.items() for word in pair]
