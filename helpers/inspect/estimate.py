@@ -12,6 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..errors import HelpersError
 from ..model.loading import DTYPES, gpu_gib, resolve_model
 from ..model.modeling import CharacterGLMConfig
+from ..model.shapes import QKV as LORA_TARGETS
+from ..model.shapes import linear_shapes, lora_count
 
 RESERVE_GIB = 1.0  # for the CUDA context and the allocator's gaps; a rule of thumb, not measured
 USUAL_GPU_GIB = 24.0  # RTX 3090 and 4090
@@ -19,7 +21,6 @@ FLOAT32_BYTES = 4
 # Per weight of a linear layer. int8: one byte. nf4 with double quantisation: half a byte, one byte of scale for each
 # 64 weights, and 4 bytes for each 256 such scales (QLoRA, arXiv 2305.14314, section 3). Both leave the rest in `dtype`.
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -130,19 +131,6 @@ def _check(task, dtype, quantization, batch, tokens, lora_rank, lora_targets, mb
             raise HelpersError(f"{name}={value!r} 没有意义 [invalid {name}]：应大于 0")
 
 
-def linear_shapes(config) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linear layers in one block, by the names transformers gives them."""
-    heads, groups = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    return {
-        "q_proj": (config.hidden_size, heads),
-        "k_proj": (config.hidden_size, groups),
-        "v_proj": (config.hidden_size, groups),
-        "o_proj": (heads, config.hidden_size),
-        "gate_up_proj": (config.hidden_size, 2 * config.intermediate_size),
-        "down_proj": (config.intermediate_size, config.hidden_size),
-    }
-
-
 def _linear_count(config) -> int:
     return config.num_hidden_layers * sum(rows * columns for rows, columns in linear_shapes(config).values())
 
@@ -154,12 +142,6 @@ def parameter_count(config) -> int:
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
     embeddings = 2 * config.vocab_size * config.hidden_size  # input and output, untied
     return _linear_count(config) + config.num_hidden_layers * biases + norms + embeddings
-
-
-def lora_count(config, rank: int, targets: Sequence[str] = LORA_TARGETS) -> int:
-    """Parameters of a LoRA adapter: 3,784,704 for rank 8 on q, k and v of the 6B."""
-    shapes = linear_shapes(config)
-    return config.num_hidden_layers * sum(rank * sum(shapes[name]) for name in targets)
 
 
 def weight_bytes(config, width: int, quantization: str | None = None) -> int:
