@@ -32,9 +32,9 @@ from helpers.finetune import (
     read_card,
     training_arguments,
 )
-from helpers.finetune.checkpoints import checkpoints, is_complete, last_complete_checkpoint
+from helpers.finetune.checkpoints import last_complete_checkpoint, what_is_missing
 from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
-from helpers.finetune.lora import refuse_unmoved
+from helpers.finetune.lora import check_moved
 from helpers.finetune.training import EpochGroupedSampler
 from helpers.model.adapters import add_adapter, base_fingerprint
 from helpers.model.modeling import CharacterGLMConfig
@@ -112,7 +112,7 @@ def test_lora_b_that_did_not_move_is_an_error(data, tmp_path):
     with pytest.raises(FinetuneError, match=r"lora_B is still zero.*12 个"):
         finetune(new_model(), *data, tmp_path, **{**SHORT, "learning_rate": 0.0})
     with pytest.raises(FinetuneError, match="lora_B is still zero"):
-        refuse_unmoved(new_model())
+        check_moved(new_model())
 
 
 # --- arguments
