@@ -15,7 +15,7 @@ from .data import load_samples, read_card, replay_dialogues, split_samples
 from .encoding import describe_lengths, encode_samples
 from .evaluation import perplexity_before_and_after
 from .lora import add_lora, lora_config, merge_adapter
-from .training import finetune, training_arguments
+from .training import check_arguments, finetune, training_arguments
 
 DEFAULT_DATA = PROJECT_DIR / "data" / "lora" / "lu_zhishen.jsonl"
 DEFAULT_CARD = PROJECT_DIR / "data" / "lora" / "lu_zhishen_card.json"
@@ -81,6 +81,7 @@ def check_run(model, output_dir, lora, training, quantization, overwrite, merge_
             "量化的底模不能合并 [cannot merge into a quantised base]：去掉 --merge-to，训练后以半精度重新加载再合并"
         )
     lora_config(**lora)
+    check_arguments(training)  # before: it might name the output_dir a second time
     training_arguments(None, output_dir, **training)
     if quantization is not None:
         quantization_config(quantization, torch.float32)
