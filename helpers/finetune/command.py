@@ -22,27 +22,15 @@ DEFAULT_CARD = PROJECT_DIR / "data" / "lora" / "lu_zhishen_card.json"
 
 
 def run_finetune(
-    model,
-    data,
-    card,
-    output_dir,
-    lora: dict,
-    training: dict,
-    *,
-    replay: int = 0,
-    max_length: int = 512,
-    quantization: str | None = None,
-    on_bad_row: str = "skip",
-    overwrite: bool = False,
-    merge_to=None,
-) -> dict:
+    model, data, card, output_dir, lora: dict, training: dict, *, replay=0, max_length=512, quantization=None,
+    on_bad_row="skip", overwrite=False, merge_to=None,
+) -> dict:  # fmt: skip
     """Check, read, load, train, report. What can be wrong is found before the model is loaded.
 
     Args:
         data: a file for `load_samples`; None: the shipped set, with its card.
         card: see `read_card`; None: every row brings its own persona.
-        lora: arguments of `add_lora`.
-        training: fields of TrainingArguments.
+        lora, training: arguments of `add_lora`, and fields of TrainingArguments.
         replay: how many dialogues of the shipped characters to mix in.
         merge_to: a new or empty folder for the merged model.
 
@@ -55,10 +43,10 @@ def run_finetune(
     samples, report = load_samples(data or DEFAULT_DATA, card, on_bad_row=on_bad_row)
     parts, tokenizer = split_samples(samples), AutoTokenizer.from_pretrained(path)
     train_rows, eval_rows = (encode_samples(tokenizer, part, max_length, report, on_bad_row) for part in parts)
-    if replay:
-        train_rows += encode_samples(tokenizer, replay_dialogues(replay), max_length)
-    say(report)
-    say(f"训练集 [training]：{describe_lengths(train_rows)}\n留出集 [held out]：{describe_lengths(eval_rows)}")
+    train_rows += encode_samples(tokenizer, replay_dialogues(replay), max_length) if replay else []
+    say(
+        f"{report}\n训练集 [training]：{describe_lengths(train_rows)}\n留出集 [held out]：{describe_lengths(eval_rows)}"
+    )
     loaded, tokenizer = load(path, device_map=training_device(), quantization=quantization)
     set_seed(training.get("seed", 0))
     tuned = add_lora(loaded, **lora)

@@ -59,19 +59,18 @@ def encode_lines(tokenizer, dialogue: Dialogue) -> tuple[list[int], list[int], l
 
 
 # --- 2. Lines of tokens as rows to learn from
+#
+# Every reply is learned once, and a conversation goes on in the same row as long as each prompt begins with the row so
+# far. It needs several rows where that ends: if the oldest turns must go to keep within `max_length`, or if a reply
+# looks different once it is history. In the 6B's vocabulary "](" is one token, so "[bot](smiles)" is written as "]" and
+# "(", and read as "](".
+#
+# That is also why labels do not come from the template's generation block (transformers' return_assistant_tokens_mask):
+# it encodes the conversation as a whole, with tokens that are partly name, partly reply. Elsewhere both are the same.
 
 
 def encode(tokenizer, dialogue: Dialogue, max_length: int = MAX_LENGTH) -> list[dict]:
-    """The rows to train on, for most conversations one.
-
-    Every reply is learned once, right after the prompt that inference builds for it, token for token. A conversation
-    goes on in the same row as long as each prompt begins with the row so far. It needs several rows where that ends:
-    if the oldest turns must go to keep within `max_length`, or if a reply looks different once it is history. In the
-    6B's vocabulary, "]" and "(" are one token: "[bot](smiles)" is read as one thing and written as another.
-
-    That is also why labels are not taken from the template's generation block (transformers'
-    `return_assistant_tokens_mask`): it encodes the conversation as a whole, with tokens that are partly name and partly
-    reply. Where no such token occurs, both give the same ids and labels.
+    """The rows to train on, for most conversations one: every reply right after the prompt that inference builds for it.
 
     Raises:
         BadRow: the persona, one line and its reply alone are longer than `max_length`.
@@ -95,9 +94,8 @@ def encode(tokenizer, dialogue: Dialogue, max_length: int = MAX_LENGTH) -> list[
         room = max_length - len(turn.reply)
         before, first = first, _first_turn(length, number, room, first)
         if length(first) > room:
-            raise BadRow(
-                "too long", f"人设、一句话和回复共 {length(first) + len(turn.reply)} 个 token，最多 {max_length}"
-            )
+            total = length(first) + len(turn.reply)
+            raise BadRow("too long", f"人设、一句话和回复共 {total} 个 token，最多 {max_length}")
         if not goes_on or first != before:
             rows.append({"input_ids": [], "labels": []})
             add(header, learned=False)
@@ -120,13 +118,7 @@ def _first_turn(length: Callable[[int], int], number: int, limit: int, dropped: 
     return bisect.bisect_left(range(number), True, key=lambda start: length(start) <= limit * 3 // 4)
 
 
-def encode_samples(
-    tokenizer,
-    samples: list[Dialogue],
-    max_length: int = MAX_LENGTH,
-    report: DataReport | None = None,
-    on_bad_row: str = "skip",
-) -> list[dict]:
+def encode_samples(tokenizer, samples, max_length=MAX_LENGTH, report=None, on_bad_row="skip") -> list[dict]:
     """The rows of all samples; what is too long is noted in `report` and left out.
 
     Raises:

@@ -1,6 +1,5 @@
 """What fine-tuning changed: held-out perplexity, replies side by side, repetition, and falling out of character."""
 
-import html
 import math
 import re
 from collections import Counter
@@ -8,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 
 from ..characters.dialogues import Dialogue, load_dialogues
@@ -151,26 +151,22 @@ class Comparison:
 
     def counts(self) -> dict[str, dict[str, float]]:
         """For "base" and "tuned": replies in voice, breaking character, repeating themselves, and distinct-2 of all."""
+        _, _, base, tuned = zip(*self.lines)
         return {
-            name: self._count([line[column] for line in self.lines]) for name, column in (("base", 2), ("tuned", 3))
-        }
-
-    def _count(self, replies: list[str]) -> dict[str, float]:
-        return {
-            "replies": len(replies),
-            "in_voice": sum(map(self.voice.in_voice, replies)),
-            "breaks_character": sum(map(self.voice.breaks_character, replies)),
-            "repeats_itself": sum(map(repeats_itself, replies)),
-            "distinct_2": round(distinct_2(replies), 3),
+            name: {
+                "replies": len(replies),
+                "in_voice": sum(map(self.voice.in_voice, replies)),
+                "breaks_character": sum(map(self.voice.breaks_character, replies)),
+                "repeats_itself": sum(map(repeats_itself, replies)),
+                "distinct_2": round(distinct_2(replies), 3),
+            }
+            for name, replies in (("base", base), ("tuned", tuned))
         }
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{title}</th>" for title in ("用户", "数据里的回答", "微调前 base", "微调后 tuned"))
-        rows = "".join(f"<tr>{''.join(map(self._cell, line))}</tr>" for line in self.lines)
-        return f'<table style="text-align:left"><tr>{head}</tr>{rows}</table>'
-
-    def _cell(self, text: str) -> str:
-        return f'<td style="text-align:left">{html.escape(text)}</td>'
+        titles = ["用户", "数据里的回答", "微调前 base", "微调后 tuned"]
+        with pd.option_context("display.max_colwidth", None):  # it would cut what is longer than 50 characters
+            return pd.DataFrame(self.lines, columns=titles).to_html(index=False, justify="left")
 
     def __repr__(self) -> str:
         return "\n".join(

@@ -24,8 +24,27 @@ from .evaluation import summed_loss
 from .lora import check_moved
 from .progress import LiveCurve, LogLines
 
-BATCH_SIZE = 4
 LARGE_MODEL_PARAMETERS = 1e9
+DEFAULTS = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,  # below 1: a share of all steps
+    "train_sampling_strategy": "group_by_length",
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,  # the newest and the best
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": False,
+    "logging_nan_inf_filter": False,  # it would hide a NaN loss
+    "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,  # every adapter takes part in every step
+    "report_to": "none",
+    "seed": 0,
+}
 # transformers 5 renamed these; the old names are known better, and would lose against a default under the new one.
 NEW_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -45,38 +64,20 @@ def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
         FinetuneError: an unknown field (with the closest known one), or values that make no sense.
     """
     check_arguments(chosen)
-    chosen = {NEW_NAMES.get(name, name): value for name, value in chosen.items()}
-    on_gpu = model is not None and model.device.type == "cuda"
+    on_cpu, on_gpu = (model is not None and model.device.type == kind for kind in ("cpu", "cuda"))
     large = model is not None and model.num_parameters() > LARGE_MODEL_PARAMETERS
-    defaults = {
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": BATCH_SIZE,
-        "per_device_eval_batch_size": 8,
+    of_model = {
         "learning_rate": 2e-4 if large else 4e-3,  # usual for billions; Nano needs, and bears, twenty times that
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,  # below 1: a share of all steps
-        "train_sampling_strategy": "group_by_length",
-        "logging_steps": 10,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 2,  # the newest and the best
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
         "bf16": on_gpu and model.dtype == torch.bfloat16,
         "fp16": on_gpu and model.dtype == torch.float16,
         "activation_checkpointing": on_gpu and large,
-        "logging_nan_inf_filter": False,  # it would hide a NaN loss
-        "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,
-        "ddp_find_unused_parameters": False,  # every adapter takes part in every step
-        "use_cpu": model is not None and model.device.type == "cpu",
-        "report_to": "none",
+        "use_cpu": on_cpu,
         "disable_tqdm": not is_in_notebook(),
-        "seed": 0,
     }
+    chosen = {NEW_NAMES.get(name, name): value for name, value in chosen.items()}
     try:
-        return TrainingArguments(output_dir=str(output_dir), **defaults | chosen)
+        return TrainingArguments(output_dir=str(output_dir), **DEFAULTS | of_model | chosen)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise FinetuneError(f"训练参数没有意义 [invalid training argument]：{error}") from None
 
@@ -166,20 +167,17 @@ def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=F
     A run that was interrupted goes on from its last complete checkpoint if it is started again with the same settings.
 
     Args:
-        train_rows, eval_rows: from `encode_samples`.
         output_dir: gets the adapter, `finetune.json` and the checkpoints.
         card: the persona that the adapter speaks as; kept beside it, so that the API server can use it.
         overwrite: replace a finished run, or one with other settings, as soon as this one is complete.
-        callbacks: further `TrainerCallback`s.
-        **training: fields of transformers' TrainingArguments.
+        callbacks, **training: for the Trainer, and fields of its TrainingArguments.
 
     Returns:
-        `steps`, `seconds` and `samples_per_second` (of this call), `train_loss`, `eval_loss` (the lowest), `best_step`,
-        `resumed_from` (a step or None), `history` (what was logged). The model is left in evaluation mode.
+        See `summarize`. The model is left in evaluation mode.
 
     Raises:
-        FinetuneError: before training: senseless arguments, a folder that is taken, not writable or too full. While
-            training: a loss that is not finite, or out of memory. After it: an adapter that has not changed.
+        FinetuneError: senseless arguments, a folder that is taken, not writable or too full; then a loss that is not
+            finite, or out of memory; in the end an adapter that has not changed.
     """
     directory = Path(output_dir).expanduser().absolute()
     arguments = training_arguments(model, directory, **training)
@@ -198,9 +196,8 @@ def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=F
     result = summarize(trainer, output, checkpoint)
     trainer.save_model(str(run))
     if arguments.process_index == 0:
-        write_json(
-            run / ADAPTER_RECORD, {"settings": settings, "base": settings["base"], "finished": True, "result": result}
-        )
+        record = {"settings": settings, "base": settings["base"], "finished": True, "result": result}
+        write_json(run / ADAPTER_RECORD, record)
         if card is not None:
             write_json(run / ADAPTER_CARD, as_session_meta(card).model_dump())
         close_run(directory, run)
@@ -244,7 +241,9 @@ def describe_settings(model, train_rows, eval_rows, training: dict) -> dict:
 
 
 def summarize(trainer: Trainer, output, checkpoint: Path | None) -> dict:
-    """The result of a run; see `finetune`."""
+    """`steps`, `seconds` and `samples_per_second` of this call; the last `train_loss`, the lowest `eval_loss` and its
+    `best_step`; `resumed_from`, a step or None; `history`, what was logged.
+    """
     state, args = trainer.state, trainer.args
     kept = ("step", "loss", "eval_loss")
     history = [{name: entry[name] for name in kept if name in entry} for entry in state.log_history]
