@@ -34,7 +34,8 @@ def is_there(name: str) -> bool:
             owner = getattr(owner, part)
     except (ImportError, AttributeError):
         return False
-    return hasattr(owner, last) or f"self.{last} = " in inspect.getsource(owner)
+    fields = getattr(owner, "__dataclass_fields__", {})
+    return hasattr(owner, last) or last in fields or f"self.{last} = " in inspect.getsource(owner)
 
 
 @pytest.mark.parametrize(("home", "name", "breaks"), declared())
