@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..characters.dialogues import Dialogue
-from ..chat.fitting import fit_history
+from ..chat.fitting import build_turns, fit_turns
 from ..errors import DataError
 from ..model.kv_cache import common_prefix_length
 from .data import BadRow, DataReport
@@ -19,7 +19,7 @@ MAX_PACKED_TOKENS = 4096
 def encode(tokenizer, dialogue: Dialogue, max_length: int = MAX_LENGTH) -> list[dict]:
     """The token sequences to train on: `[{"input_ids": [...], "labels": [...]}]`, for most conversations one.
 
-    Every reply is learned once, right after the prompt that inference would build for it (`fit_history`, the function
+    Every reply is learned once, right after the prompt that inference would build for it (`fit_turns`, the function
     that `chat` uses), token for token. A conversation is one sequence as long as each prompt goes on from the reply
     before. It becomes several where it does not: if the oldest turns must go to keep within `max_length`, or if a reply
     looks different once it is history (one that begins with "(" joins the "]" of the name before it to a single token).
@@ -39,7 +39,9 @@ def encode(tokenizer, dialogue: Dialogue, max_length: int = MAX_LENGTH) -> list[
             continue
         reply = encode_reply(tokenizer, dialogue.card, response)
         room = max_length - len(reply)
-        prompt, dropped = fit_history(tokenizer, dialogue.card, query, dialogue.history[:turn], room, dropped)
+        prompt, dropped = fit_turns(
+            tokenizer, dialogue.card, build_turns(query, dialogue.history[:turn]), room, dropped
+        )
         if len(prompt) > room:
             raise BadRow("too long", f"人设、一句话和回复共 {len(prompt) + len(reply)} 个 token，最多 {max_length}")
         if prompt[: len(ids)] != ids:

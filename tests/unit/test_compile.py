@@ -1,10 +1,7 @@
 """Decoding with torch.compile writes what plain decoding writes, token for token, and says where it cannot."""
 
-import threading
-
 import pytest
 import torch
-from torch._inductor import cudagraph_trees
 
 import helpers
 from helpers.chat.fitting import context_length
@@ -165,19 +162,3 @@ def test_a_model_that_is_spread_or_elsewhere_is_refused(places):
     model.hf_device_map = places
     with pytest.raises(HelpersError, match="cannot compile here"):
         compile_decoding(model)
-
-
-def test_cuda_graphs_may_be_replayed_by_every_thread(monkeypatch):
-    """Checked without a GPU: torch finds the same store of graphs, whichever thread asks."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = []
-
-    def look():
-        kv_cache.share_cuda_graphs()
-        found.append(cudagraph_trees.get_obj(cudagraph_trees.local, "tree_manager_containers"))
-
-    for _ in range(2):
-        thread = threading.Thread(target=look)
-        thread.start()
-        thread.join()
-    assert found[0] is found[1]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import helpers
 from helpers.characters.dialogues import Dialogue, load_dialogues
-from helpers.chat.fitting import encode_prompt, fit_history
+from helpers.chat.fitting import build_turns, encode_prompt, fit_turns
 from helpers.errors import CharacterError, DataError
 from helpers.finetune import (
     add_lora,
@@ -372,7 +372,7 @@ def test_truncation_is_that_of_chat(nano_tokenizer):
     *_, last = encode(nano_tokenizer, Dialogue("x", card, history), max_length=300)
     prompt, reply = list(replies_with_prompts(last))[0]
     turn = next(i for i, (_, r) in enumerate(history) if r == nano_tokenizer.decode(reply).strip())
-    assert prompt == fit_history(nano_tokenizer, card, history[turn][0], history[:turn], 300 - len(reply))[0]
+    assert prompt == fit_turns(nano_tokenizer, card, build_turns(history[turn][0], history[:turn]), 300 - len(reply))[0]
 
 
 def test_too_long_is_reported_not_cut(nano_tokenizer, tmp_path):
