@@ -48,9 +48,9 @@ def serve(
 
     add_page = None
     if page:
-        from ..demo.web import mount, require_password
+        from ..demo.web import check_password, mount
 
-        require_password(host, password, insecure)
+        check_password(host, password, insecure)
 
         def add_page(app, loaded):
             return mount(app, *loaded, password=password)

@@ -1,7 +1,6 @@
 """Decoding with torch.compile writes what plain decoding writes, token for token, and says where it cannot."""
 
 import pytest
-import torch
 
 import helpers
 from helpers.chat.fitting import context_length

@@ -25,7 +25,7 @@ from helpers.demo import visitors as visitors_module
 from helpers.demo.conversations import Conversations
 from helpers.demo.visitors import Visitors
 from helpers.demo.web import WebDemo, launch, mount
-from helpers.errors import BusyError, HelpersError
+from helpers.errors import HelpersError
 from helpers.network import free_port, listen, port_is_free
 from helpers.serving import Server, create_app
 
@@ -563,34 +563,25 @@ def test_visitor_who_was_away_for_longest_is_forgotten(nano, monkeypatch):
 def test_only_the_newest_conversations_keep_their_cache(nano, monkeypatch):
     monkeypatch.setattr(visitors_module, "MAX_CACHES", 2)
     visitors = Visitors(lambda: Conversations(*nano, **GREEDY))
-    writers = []
-    for _ in range(3):
-        visitor = visitors.get("")[1]
-        writers.append(visitors.writer(visitor, "苏梦远"))
-        writers[-1].send("你好")
-        wait_until(lambda: writers[-1].draft is None)
-    assert [len(writer.session._cache.token_ids) > 0 for writer in writers] == [False, True, True]
-    replies = [writer.session.history for writer in writers]
-    assert replies[0] == replies[1]
+    sessions = [visitors.get("")[1].session for _ in range(3)]
+    for session in sessions:
+        reply = session.begin("你好")
+        visitors.keep_cache(session)
+        reply.wait()
+    with forward_lengths(nano[0]) as lengths:
+        for session in sessions:
+            session.send("然后呢")
+    prompts = [length for length in lengths if length > 1]
+    assert prompts[0] > 2 * prompts[1] and prompts[1] == prompts[2], "only the first computed its whole prompt again"
+    assert sessions[0].history == sessions[1].history
 
 
-def test_writer_refuses_a_second_reply(nano):
-    visitors = Visitors(lambda: Conversations(*nano, **GREEDY))
-    writer = visitors.writer(visitors.get("")[1], "苏梦远")
-    together, refused = threading.Barrier(8), []
-
-    def send(number):
-        together.wait()
-        try:
-            writer.send(f"第{number}个人说")
-        except BusyError:
-            refused.append(number)
-
-    with slow(nano[0], 0.05):
-        threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        wait_until(lambda: writer.draft is None)
-    assert len(refused) == 7 and len(writer.session.history) == 2
+@contextmanager
+def forward_lengths(model):
+    """How many tokens each forward pass computes."""
+    lengths = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    yield lengths
+    handle.remove()
