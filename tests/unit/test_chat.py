@@ -608,34 +608,35 @@ def persona_change(session):
 
 
 CHANGES = {
-    3: helpers.ChatSession.undo,
-    6: lambda session: session.edit(response="我改主意了，明天再说吧"),
-    9: persona_change,
-    11: lambda session: session.edit(query="换一个问题"),
-    13: lambda session: (session.undo(), session.undo()),
-    16: lambda session: session.edit(query="再换一个", response="好，换就换"),
-    18: persona_change,
+    2: helpers.ChatSession.undo,
+    4: lambda session: session.edit(response="我改主意了，明天再说吧"),
+    6: persona_change,
+    7: lambda session: session.edit(query="换一个问题"),
+    8: lambda session: (session.undo(), session.undo()),
+    10: lambda session: session.edit(query="再换一个", response="好，换就换"),
 }
 QUESTIONS = ["你好呀", "最近忙什么", "写歌了吗", "今天天气不错", "一起吃饭吧", "你害怕什么", "讲个笑话"]
 
 
-def test_greedy_session_equals_fresh_encoding_over_20_turns(nano, session, generated):
+def test_greedy_session_equals_fresh_encoding(nano, card, generated):
     """The kept KV cache must change nothing but the time: same replies, far fewer tokens computed."""
-    for turn in range(20):
+    short = {"do_sample": False, "max_new_tokens": 6}
+    session = helpers.ChatSession(*nano, card, **short)
+    for turn in range(12):
         if turn in CHANGES:
             CHANGES[turn](session)
         past = [list(entry) for entry in session.history]
         query = f"{QUESTIONS[turn % 7]}，第{turn}次"
         with each_forward(nano[0], slow(0)) as fed:
             reply = session.send(query)
-        assert reply == helpers.chat(*nano, session.session_meta, query, past, **GREEDY)[0], f"turn {turn}"
+        assert reply == helpers.chat(*nano, session.session_meta, query, past, **short)[0], f"turn {turn}"
         assert session.history == [*past, [query, reply]]
         assert generated[-1][0] == generated[-2][0], "session and chat had different prompts"
-        if turn not in (0, 9, 18):  # a new persona changes the prompt from its beginning
+        if turn not in (0, 6):  # a new persona changes the prompt from its beginning
             assert fed[0] < 100 and fed[0] < len(generated[-1][0]) / 2, f"turn {turn}: {fed[0]} tokens computed"
         if turn % 5 == 4:
             check_regenerate(nano, session, past, query)
-    assert len(session.history) == 1 + 20 - 3
+    assert len(session.history) == 1 + 12 - 3
 
 
 def check_regenerate(nano, session, past, query):
@@ -771,6 +772,41 @@ def test_stop_without_a_reply_does_nothing(nano, card, session):
     session.stop()
     assert first == helpers.chat(*nano, card, "你好", session.history[:1], **GREEDY)[0]
     assert session.send("你好", min_new_tokens=5)
+
+
+# --- in the background
+
+
+def test_a_reply_grows_in_the_background(nano, card, session):
+    assert session.draft is None
+    with each_forward(nano[0], slow()):
+        reply, drafts = session.begin("你好", min_new_tokens=12), []
+        while not reply.wait(0.005):
+            drafts += [session.draft] if session.draft else []
+    texts = [text for _, _, text in drafts]
+    assert len(set(texts)) > 3
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:]))
+    assert {(str(past), query) for past, query, _ in drafts} == {(str([["", card.greeting]]), "你好")}
+    assert session.draft is None and session.history[-1][1].startswith(texts[-1])
+
+
+def test_another_reply_in_the_background_takes_the_place_of_the_last(session):
+    first = session.send("你好")
+    session.begin_again(do_sample=True, temperature=2.0, seed=1).wait()
+    assert session.alternatives[0] == first and len(session.alternatives) == 2
+    with pytest.raises(ChatError, match="empty text"):
+        session.begin(" ")
+
+
+def test_why_a_reply_failed_is_known_until_the_conversation_goes_on(nano, session):
+    def fail(number, input_ids):
+        raise RuntimeError("broken")
+
+    with each_forward(nano[0], fail):
+        session.begin("你好").wait()
+    assert str(session.error) == "broken" and session.draft is None and len(session.history) == 1
+    session.send("还在吗")
+    assert session.error is None
 
 
 # --- alternatives

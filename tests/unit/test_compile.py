@@ -3,13 +3,14 @@
 import pytest
 
 import helpers
+from helpers.chat import reply
 from helpers.chat.fitting import context_length
 from helpers.chat.generation import GenerationParameters
 from helpers.errors import HelpersError
 from helpers.model import kv_cache
 from helpers.model.kv_cache import PromptCache, compile_decoding, compiled_decoding, new_cache
 
-GREEDY = {"do_sample": False, "max_new_tokens": 24}
+GREEDY = {"do_sample": False, "max_new_tokens": 10}
 CPU = {"dtype": "float32", "device_map": "cpu"}
 
 
@@ -18,10 +19,15 @@ def plain():
     return helpers.load("nano", **CPU)
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """Compiled once for all tests here: that takes most of their time."""
-    return helpers.load("nano", compile=True, **CPU)
+@pytest.fixture(scope="module", params=["cache", pytest.param("inductor", marks=pytest.mark.slow)])
+def compiled(request):
+    """The cache of fixed length, and with it what Inductor makes of the model: once for all, as it takes a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "cache":
+            patch.setattr(reply, "compile_config", lambda device: None)
+        model, tokenizer = helpers.load("nano", compile=True, **CPU)
+        yield model, tokenizer
+        assert hasattr(model, "_compiled_call") == (request.param == "inductor")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,6 @@ def test_compiled_replies_are_those_of_the_plain_model(plain, compiled, card):
     session.set_persona(card)
     session.clear()
     assert talk(session) == wanted  # in a cache full of what it said before
-    assert compiled[0]._compiled_call is not None
     assert not hasattr(plain[0], "_compiled_call")
 
 
