@@ -107,7 +107,7 @@ class Reply:
             raise self.error
 
     def statistics(self) -> dict:
-        """Lengths in tokens, seconds to the first token, tokens per second after it, and whether the reply was complete."""
+        """Lengths in tokens, seconds to the first one, tokens per second after it, and whether it ended by itself."""
         if not self.token_ids:
             return {}
         decoding, later = self._last_time - self._first_time, len(self.token_ids) - 1

@@ -18,36 +18,33 @@ from .web_view import HEAD, THEME
 PASSWORD_VARIABLE = "CHARACTERGLM_DEMO_PASSWORD"
 
 
-def build(
-    model, tokenizer, *, characters: dict[str, CharacterCard] | None = None, language: str = "zh", **generation
-) -> gr.Blocks:
-    """The page, for `mount_gradio_app` or `launch` of Gradio, which then want `theme=THEME, head=HEAD`.
+def mount(
+    app: FastAPI,
+    model,
+    tokenizer,
+    path: str = "/demo",
+    *,
+    password: str | None = None,
+    characters: dict[str, CharacterCard] | None = None,
+    language: str = "zh",
+    **generation,
+) -> FastAPI:
+    """Put the page on `app`, before the app starts.
 
     Args:
+        password: "USER:PASSWORD" to ask for, or None. Gradio compares it in constant time.
         characters: name to card; by default those of `data/characters.json`.
         language: "zh" or "en".
         **generation: defaults for all conversations, see `GenerationParameters`.
 
     Raises:
-        HelpersError: an unknown language, no characters, or a senseless parameter.
+        HelpersError: an unknown language, no characters, a senseless parameter, or a password of another form.
     """
-    blocks = WebChat(model, tokenizer, characters, language, **generation).view.blocks
-    return blocks.queue(default_concurrency_limit=None)  # pages wait without a thread; the model takes turns itself
-
-
-def mount(app: FastAPI, model, tokenizer, path: str = "/demo", *, password: str | None = None, **options) -> FastAPI:
-    """Put the page on `app`, before the app starts.
-
-    Args:
-        password: "USER:PASSWORD" to ask for, or None. Gradio compares it in constant time.
-        **options: for `build`.
-
-    Raises:
-        HelpersError: as `build`, or the password is not of this form.
-    """
+    page = WebChat(model, tokenizer, characters, language, **generation).view.blocks
+    page.queue(default_concurrency_limit=None)  # pages wait without a thread; the model takes turns itself
     return gr.mount_gradio_app(
         app,
-        build(model, tokenizer, **options),
+        page,
         path,
         auth=_credentials(password),
         theme=THEME,
@@ -76,8 +73,7 @@ class WebDemo:
     def wait(self) -> None:
         """Return when it has ended; Ctrl-C ends it."""
         try:
-            while self._thread.is_alive():
-                self._thread.join(1)
+            self._thread.join()
         except KeyboardInterrupt:
             self.stop()
 
@@ -94,21 +90,14 @@ class WebDemo:
 
 
 def launch(
-    model,
-    tokenizer,
-    *,
-    host: str = "127.0.0.1",
-    port: int = DEFAULT_PORT,
-    password: str | None = None,
-    insecure: bool = False,
-    **options,
+    model, tokenizer, *, host="127.0.0.1", port=DEFAULT_PORT, password: str | None = None, insecure=False, **options
 ) -> WebDemo:
     """Serve the page from this process, which goes on: a notebook's kernel keeps its model.
 
     Args:
         host: one that other machines can reach needs a `password`, or `insecure`.
         port: 0 takes any free one.
-        **options: for `build`.
+        **options: for `mount`.
 
     Raises:
         HelpersError: the host needs a password, the port is taken, or as `mount`.
@@ -121,12 +110,7 @@ def launch(
 def serve(
     model="auto", loading: dict | None = None, *, host: str, port: int, password: str | None, insecure: bool, **options
 ) -> None:
-    """`python -m helpers demo`: load a model and serve the page until Ctrl-C.
-
-    Args:
-        model, loading: see `load`, and its further arguments: adapter, quantization, compile.
-        host, port, password, insecure, **options: see `launch`.
-    """
+    """`python -m helpers demo`: load a model (`loading`: see `helpers.load`) and serve the page until Ctrl-C."""
     check_password(host, password, insecure)
     listen(host, port).close()  # a taken port is said before the model is loaded, which may take a minute
     demo = launch(*load(model, **loading or {}), host=host, port=port, password=password, insecure=insecure, **options)

@@ -46,7 +46,7 @@ class Tab:
 
 
 class WebChat:
-    """The page (`view.blocks`), connected. Arguments as of `build`."""
+    """The page (`view.blocks`), connected. Arguments as of `mount`."""
 
     def __init__(self, model, tokenizer, characters: dict[str, CharacterCard] | None, language: str, **generation):
         if language not in ("zh", "en"):
@@ -130,13 +130,6 @@ class WebChat:
         tab.drawn = state
         return self.view.conversation(tab.session)
 
-    def _stop(self, tab: Tab) -> None:
-        tab.session.stop()
-
-    def _swipe(self, tab: Tab, step: int) -> dict:
-        tab.session.swipe(step)
-        return self._draw(tab)
-
     def _undo(self, tab: Tab, text: str) -> dict:
         before, tab.undone = tab.undone, time.monotonic()
         if tab.undone - before < DOUBLE_CLICK_SECONDS:
@@ -154,21 +147,10 @@ class WebChat:
         tab.session.edit(None if greeting else query, response)
         return {self.view.editor: gr.update(visible=False), **self._draw(tab)}
 
-    def _clear(self, tab: Tab) -> dict:
-        tab.session.clear()
-        return self._draw(tab)
-
     def _apply(self, tab: Tab, *fields: str) -> dict:
         source = getattr(tab.session.session_meta, "source", "original")
         change_persona(tab.session, as_session_meta(self.view.card(fields, source)))
         return self._draw_all(tab)
-
-    def _set(self, name: str, tab: Tab, value: float) -> dict:
-        tab.session.set_generation(**{name: value})
-        return self._draw(tab)
-
-    def _export(self, tab: Tab) -> dict:
-        return self.view.files(exported_files(tab.session))
 
     def _import(self, tab: Tab, content: bytes) -> dict:
         tab.name = tab.conversations.open(content)
@@ -188,21 +170,21 @@ class WebChat:
         view.picker.input(**self._event(self._pick, view.picker) | {"trigger_mode": "multiple"})
         for button, action, *inputs in (
             (view.regenerate, self._regenerate),
-            (view.stop, self._stop),
+            (view.stop, lambda tab: tab.session.stop()),
+            (view.previous, lambda tab: tab.session.swipe(-1)),
+            (view.next, lambda tab: tab.session.swipe(1)),
             (view.undo, self._undo, view.box),
             (view.edit, self._edit),
             (view.save, self._save, view.query, view.response),
-            (view.clear, self._clear),
+            (view.clear, lambda tab: tab.session.clear()),
             (view.apply, self._apply, *view.persona),
-            (view.export, self._export),
+            (view.export, lambda tab: view.files(exported_files(tab.session))),
         ):
-            button.click(**self._event(action, *inputs))
+            button.click(**self._event(action, *inputs) | {"api_name": button.elem_id})
         view.cancel.click(lambda: gr.update(visible=False), None, view.editor, api_visibility="private")
         view.upload.upload(**self._event(self._import, view.upload))
-        for button, step in ((view.previous, -1), (view.next, 1)):
-            button.click(**self._event(partial(self._swipe, step=step)) | {"api_name": button.elem_id})
         for name, slider in view.sliders.items():
-            event = self._event(partial(self._set, name), slider)
+            event = self._event(partial(_set_parameter, name), slider)
             slider.input(**event | {"api_name": name, "trigger_mode": "always_last"})
         view.clock.tick(**self._event(self._tick) | {"queue": False})
 
@@ -212,17 +194,18 @@ class WebChat:
             "fn": self._steps(action) if inspect.isasyncgenfunction(action) else self._once(action),
             "inputs": [self.view.tab, *inputs],
             "outputs": self._everything,
-            "api_name": getattr(action, "__name__", "").strip("_") or None,
+            "api_name": getattr(action, "__name__", "").strip("_"),
             "trigger_mode": "once",  # not again while it runs
             **HIDDEN,
         }
 
     def _once(self, action: Callable) -> Callable:
-        """`action`, but an error becomes a line on the page."""
+        """`action`, but an error becomes a line on the page. What names no changes may have changed anything."""
 
         def act(tab, *values):
             try:
-                return action(_check_open(tab), *values) or gr.skip()
+                changes = action(_check_open(tab), *values)
+                return (changes or gr.skip()) if isinstance(changes, dict) else self._draw(tab)
             except Exception as error:
                 return self.view.error(error_text(error))
 
@@ -239,6 +222,10 @@ class WebChat:
                 yield self.view.error(error_text(error))
 
         return act
+
+
+def _set_parameter(name: str, tab: Tab, value: float) -> None:
+    tab.session.set_generation(**{name: value})
 
 
 async def _hold_stream() -> AsyncIterator[None]:
