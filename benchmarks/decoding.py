@@ -26,6 +26,7 @@ from transformers.generation import BaseStreamer
 
 import helpers
 from helpers.characters.dialogues import load_dialogues
+from helpers.chat.compat import compile_config
 from helpers.chat.fitting import encode_prompt
 from helpers.chat.generation import NEUTRAL
 from helpers.finetune import encode_samples, perplexity
@@ -145,7 +146,10 @@ def decoder(model, **guessing) -> Callable:
         if not guessing:  # as `chat` does
             cache = new_cache(model)
             cache.reuse(prompt)
-            settings |= {"past_key_values": cache.key_values, "compile_config": cache.compile_config}
+            settings |= {
+                "past_key_values": cache.key_values,
+                "compile_config": compile_config(model.device) if cache.compiled else None,
+            }
         lengths = {"min_new_tokens": tokens, "max_new_tokens": tokens}
         output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **lengths, **settings)
         reply = output[0, len(prompt) :].tolist()

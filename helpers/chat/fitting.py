@@ -1,4 +1,4 @@
-"""Talking to a character: `chat` and `stream_chat` for one reply, `ChatSession` for a conversation."""
+"""Which part of a conversation goes into the prompt: all of it, or what the model's context has room for."""
 
 import bisect
 import warnings
@@ -15,28 +15,20 @@ class ContextWarning(UserWarning):
     """The conversation no longer fits the model's context: its oldest turns are not in the prompt."""
 
 
-def build_messages(query: str, history) -> list[dict]:
-    """The chat messages of a history and a new query.
-
-    Raises:
-        ChatError: a text is empty or not valid Unicode, or the history is not a list of [query, response].
-    """
+def check_history(history) -> None:
+    """`ChatError` unless it is a list of [query, response] in valid Unicode; only the first query may be ""."""
     if not isinstance(history, (list, tuple)):
         raise ChatError(f"history 应为列表 [malformed history]，每项是 [query, response]，收到 {history!r:.80}")
-    messages = []
-    for position, entry in enumerate(history):
+    for number, entry in enumerate(history, start=1):
         if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-            raise ChatError(
-                f"history 第 {position + 1} 项应为 [query, response] [malformed history]，收到 {entry!r:.80}"
-            )
-        if entry[0] != "" or position > 0:
-            messages.append({"role": "user", "content": _checked(entry[0], f"history 第 {position + 1} 项的 query")})
-        reply = _checked(entry[1], f"history 第 {position + 1} 项的 response", may_be_empty=True)
-        messages.append({"role": "assistant", "content": reply})
-    return [*messages, {"role": "user", "content": _checked(query, "query")}]
+            raise ChatError(f"history 第 {number} 项应为 [query, response] [malformed history]，收到 {entry!r:.80}")
+        if entry[0] != "" or number > 1:
+            check_text(entry[0], f"history 第 {number} 项的 query")
+        check_text(entry[1], f"history 第 {number} 项的 response", may_be_empty=True)
 
 
-def _checked(text, where: str, may_be_empty: bool = False) -> str:
+def check_text(text, where: str, may_be_empty: bool = False) -> str:
+    """`text`, if something can be made of it; else `ChatError` that says `where`."""
     if not isinstance(text, str):
         raise ChatError(f"{where} 应为字符串 [not a string]，收到 {type(text).__name__}")
     if not text.strip() and not may_be_empty:
@@ -48,42 +40,41 @@ def _checked(text, where: str, may_be_empty: bool = False) -> str:
     return text
 
 
-def encode_prompt(tokenizer, session_meta, query: str, history) -> list[int]:
-    """The ids of the prompt, from [gMASK] <sop> to the character's name."""
-    return tokenizer.apply_chat_template(
-        build_messages(query, history), session_meta=session_meta, add_generation_prompt=True
-    )["input_ids"]
-
-
-def fit_history(tokenizer, session_meta, query: str, history, limit: int, dropped: int = 0) -> tuple[list[int], int]:
-    """The prompt with as much of the history as `limit` tokens allow. The persona always stays.
-
-    When exchanges must go, the oldest go until the prompt is down to three quarters of the limit: dropping one in every
-    turn would change the beginning of every prompt, and no KV cache could be reused.
-
-    Args:
-        dropped: how many of the oldest exchanges are left out already.
-
-    Returns:
-        `(input_ids, dropped)`. The ids are more than `limit` if the persona and the query alone are.
-    """
-    return fit_turns(tokenizer, session_meta, build_turns(query, history), limit, dropped)
-
-
 def build_turns(query: str, history) -> list[list[dict]]:
-    """The messages of each exchange, and of the new query. Raises as `build_messages`."""
-    build_messages(query, history)  # checks all of it, before it is cut
-    return [*(history_to_messages([entry]) for entry in history), [{"role": "user", "content": query}]]
+    """The chat messages of each exchange, and of the new query. Raises as `check_history`."""
+    check_history(history)
+    question = {"role": "user", "content": check_text(query, "query")}
+    return [*(history_to_messages([entry]) for entry in history), [question]]
+
+
+def encode_turns(tokenizer, session_meta, turns: list[list[dict]]) -> list[int]:
+    """The ids of the prompt, from [gMASK] <sop> to the character's name."""
+    messages = [message for turn in turns for message in turn]
+    prompt = tokenizer.apply_chat_template(messages, session_meta=session_meta, add_generation_prompt=True)
+    return prompt["input_ids"]
+
+
+def encode_prompt(tokenizer, session_meta, query: str, history) -> list[int]:
+    """As `encode_turns`, for a query and a history. Raises as `check_history`."""
+    return encode_turns(tokenizer, session_meta, build_turns(query, history))
 
 
 def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, dropped: int = 0) -> tuple[list[int], int]:
-    """As `fit_history`, for turns of checked chat messages. The last turn always stays."""
+    """The prompt with as many turns as `limit` tokens allow. The persona and the last turn always stay.
+
+    When turns must go, the oldest go until the prompt is down to three quarters of the limit: dropping one in every
+    turn would change the beginning of every prompt, and no KV cache could be reused.
+
+    Args:
+        turns: from `build_turns`.
+        dropped: how many of the oldest turns are left out already.
+
+    Returns:
+        `(input_ids, dropped)`. The ids are more than `limit` if the persona and the last turn alone are.
+    """
 
     def prompt(start: int) -> list[int]:
-        messages = [message for turn in turns[start:] for message in turn]
-        return tokenizer.apply_chat_template(messages, session_meta=session_meta, add_generation_prompt=True)[
-            "input_ids"
-        ]
+        return encode_turns(tokenizer, session_meta, turns[start:])
 
     input_ids = prompt(0)
     if len(input_ids) <= limit:
@@ -127,10 +118,7 @@ def warn_dropped(dropped: int) -> None:
 
 
 def context_length(model) -> int:
-    """How many tokens, prompt and reply together: what the model was made for (32,768 for the 6B).
-
-    A compiled model has a KV cache of fixed length, which may be shorter.
-    """
+    """How many tokens, prompt and reply together: 32,768 for the 6B; a compiled model's cache may be shorter."""
     decoding = compiled_decoding(model)
     return model.config.max_position_embeddings if decoding is None else decoding.length
 

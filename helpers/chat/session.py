@@ -1,4 +1,4 @@
-"""Talking to a character: `chat` and `stream_chat` for one reply, `ChatSession` for a conversation."""
+"""`ChatSession`: a conversation that keeps its KV cache, and can go back, change and be saved."""
 
 import threading
 from collections.abc import Iterator
@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from ..characters.personas import as_session_meta
 from ..errors import BusyError, ChatError
 from ..model.kv_cache import new_cache
-from .chat import _last, _read, _Request
-from .fitting import _checked, build_messages, context_limit, warn_dropped
-from .generation import GenerationParameters, Reply, decode_reply, model_defaults
+from .chat import last, make_reply, read
+from .fitting import check_history, check_text, context_limit, encode_turns, history_to_messages
+from .generation import GenerationParameters, decode_reply, model_defaults
+from .reply import Reply
 
 EXPORT_FORMAT = "characterglm-chat/1"
 
@@ -29,17 +30,14 @@ class ChatSession:
     def __init__(self, model, tokenizer, session_meta, **generation):
         GenerationParameters.check(generation)
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
-        self.statistics: dict = {}  # of the last reply, see Reply.statistics
-        self.dropped_turns = 0  # oldest exchanges that were not in the last prompt
-        self._cache, self._reply, self._lock = new_cache(model), None, threading.Lock()
-        self._others: tuple[list[str], list[str]] = ([], [])  # alternatives before and after the reply in the history
+        self._cache, self._lock = new_cache(model), threading.Lock()
+        self._writing: tuple[list, str, Reply] | None = None  # the last reply, what was said before it, and its query
         self.session_meta = as_session_meta(session_meta)
-        self.history: list[list[str]] = []
         self.clear()
 
     def send(self, query: str, **generation) -> str:
         """Say something and return the whole reply. Raises as `chat`, and `BusyError` while a reply is written."""
-        return _last(self.stream(query, **generation))
+        return last(self.stream(query, **generation))
 
     def stream(self, query: str, **generation) -> Iterator[str]:
         """Say something and yield the growing reply.
@@ -48,25 +46,41 @@ class ChatSession:
         error is raised the history stays as it was. An iterator that is neither read on nor closed keeps nobody
         waiting: the reply ends by itself.
         """
-        return self._stream(generation, query=query)
+        yield from read(self.tokenizer, self.begin(query, **generation))
+
+    def begin(self, query: str, **generation) -> Reply:
+        """Say something and return at once: the reply is written in the background, see `draft` and `error`."""
+        return self._begin(generation, query)
 
     def stop(self) -> None:
         """End the reply being written, within one token; what there is of it is kept. From any thread."""
-        if self._reply is not None:
-            self._reply.stop()
+        if self._writing is not None:
+            self._writing[-1].stop()
 
     def regenerate(self, **generation) -> str:
         """Answer the last query again, in place of the last reply, and return the new one."""
-        return _last(self.stream_again(**generation))
+        return last(self.stream_again(**generation))
 
     def stream_again(self, **generation) -> Iterator[str]:
-        """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised.
+        """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised."""
+        yield from read(self.tokenizer, self.begin_again(**generation))
 
-        A seed of the session is raised by the number of alternatives: the same one would write the same reply.
-        """
+    def begin_again(self, **generation) -> Reply:
+        """Like `regenerate`, in the background. A seed of the session is raised: the same would write the same reply."""
         if (seed := self.generation.get("seed")) is not None:
             generation = {"seed": seed + len(self.alternatives), **generation}
-        return self._stream(generation, again=True)
+        return self._begin(generation, again=True)
+
+    @property
+    def draft(self) -> tuple[list, str, str] | None:
+        """While a reply is written: the history before it, its query, and its text so far."""
+        past, query, reply = self._writing or ([], "", None)
+        return (past, query, decode_reply(self.tokenizer, reply.token_ids)) if reply and reply.running else None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the last reply failed, until the conversation goes on or changes."""
+        return self._writing and self._writing[-1].error
 
     @property
     def alternatives(self) -> list[str]:
@@ -81,7 +95,7 @@ class ChatSession:
 
     def swipe(self, step: int = 1) -> str:
         """Put another alternative into the history: the next (1) or the previous (-1). At either end nothing happens."""
-        with self._not_busy():
+        with self._changing():
             query, _ = self._last_exchange()
             replies = self.alternatives
             shown = min(max(self.alternative + step, 0), len(replies) - 1)
@@ -91,7 +105,7 @@ class ChatSession:
 
     def undo(self) -> str:
         """Take the last exchange back, with all its alternatives, and return its query."""
-        with self._not_busy():
+        with self._changing():
             query, _ = self._last_exchange()
             self.history.pop()
             self._others = ([], [])
@@ -99,20 +113,20 @@ class ChatSession:
 
     def edit(self, query: str | None = None, response: str | None = None) -> None:
         """Change either side of the last exchange (of a greeting only the response). Other alternatives stay."""
-        with self._not_busy():
+        with self._changing():
             if not self.history:
                 raise ChatError("还没有可以编辑的对话 [nothing to edit]")
             old_query, old_response = self.history[-1]
             if query is not None:
                 self._last_exchange()
-                old_query = _checked(query, "query")
+                old_query = check_text(query, "query")
             if response is not None:
-                old_response = _checked(response, "response")
+                old_response = check_text(response, "response")
             self.history[-1] = [old_query, old_response]
 
     def set_persona(self, session_meta) -> None:
         """Go on with the same history under another persona. Only the shown reply stays of the alternatives."""
-        with self._not_busy():
+        with self._changing():
             self.session_meta = as_session_meta(session_meta)
             self._others = ([], [])
 
@@ -122,11 +136,7 @@ class ChatSession:
         return GenerationParameters.check({**model_defaults(self.model), **self.generation})
 
     def set_generation(self, **parameters) -> None:
-        """Change defaults for the next replies; one that is being written is not affected.
-
-        Raises:
-            ChatError: an unknown name or a senseless value; then nothing changes.
-        """
+        """Change defaults for the next replies, not for one that is being written. Raises `ChatError`, changing none."""
         generation = {**self.generation, **parameters}
         GenerationParameters.check({**model_defaults(self.model), **generation})
         self.generation = generation
@@ -136,22 +146,21 @@ class ChatSession:
 
         Turns that no longer fit and were left out of the last prompt are not counted.
         """
-        messages = [*build_messages("?", self.history[self.dropped_turns :])[:-1], {"role": "user", "content": ""}]
-        prompt = self.tokenizer.apply_chat_template(
-            messages, session_meta=self.session_meta, add_generation_prompt=True
-        )
-        return len(prompt["input_ids"]), context_limit(self.model, self.parameters)
+        turns = [history_to_messages(self.history[self.dropped_turns :]), [{"role": "user", "content": ""}]]
+        return len(encode_turns(self.tokenizer, self.session_meta, turns)), context_limit(self.model, self.parameters)
 
     def clear(self) -> None:
         """Begin anew: only the greeting of the card, if it has one, remains."""
-        with self._not_busy():
+        with self._changing():
             greeting = getattr(self.session_meta, "greeting", "").strip()
-            self.history = [["", greeting]] if greeting else []
-            self.statistics, self.dropped_turns, self._others = {}, 0, ([], [])
+            self.history: list[list[str]] = [["", greeting]] if greeting else []
+            self.statistics: dict = {}  # of the last reply, see Reply.statistics
+            self.dropped_turns = 0  # oldest exchanges that were not in the last prompt
+            self._others: tuple[list[str], list[str]] = ([], [])  # alternatives before and after the one shown
 
     def free_cache(self) -> None:
         """Give the memory of the KV cache back; the next reply computes its whole prompt again."""
-        with self._not_busy():
+        with self._changing():
             self._cache.clear()
 
     def export(self) -> dict:
@@ -183,39 +192,38 @@ class ChatSession:
         history, generation = exported.get("history"), exported.get("generation", {})
         if not isinstance(history, list) or not isinstance(generation, dict):
             raise ChatError("导出的对话已损坏 [damaged export]：history 应为列表，generation 应为对象")
-        build_messages("检查", history)
-        GenerationParameters.check(generation)
+        check_history(history)
+        GenerationParameters.check(generation)  # before it becomes arguments
         session = cls(model, tokenizer, exported.get("session_meta"), **generation)
         session.history = [list(entry) for entry in history]
-        session._others = _exported_others(exported, session.alternatives)
+        # Older exports have no alternatives.
+        shown = session.alternatives
+        replies, position = exported.get("alternatives", shown), exported.get("alternative", 0)
+        if not isinstance(replies, list) or type(position) is not int or replies[position : position + 1] != shown:
+            raise ChatError("导出的对话已损坏 [damaged export]：alternatives 里没有 history 的最后一条回复")
+        for reply in replies:
+            check_text(reply, "alternatives 的一条", may_be_empty=True)
+        session._others = (replies[:position], replies[position + 1 :])
         return session
 
-    def _stream(self, generation: dict, query="", again: bool = False) -> Iterator[str]:
-        """Start a reply to `query`, or the last one again, and yield it as it grows."""
-        with self._not_busy():
+    def _begin(self, generation: dict, query="", again: bool = False) -> Reply:
+        with self._changing():
             if again:
                 query = self._last_exchange()[0]
-            earlier = self.alternatives if again else []
             past = self.history[: len(self.history) - again]
-            parameters = {**self.generation, **generation}
-            request = _Request(
-                self.model, self.tokenizer, self.session_meta, query, past, parameters, self.dropped_turns
-            )
-            self._note_dropped(request.dropped)
-            self._reply = reply = request.reply(self._cache, lambda reply: self._record(past, query, reply, earlier))
-            reply.start()  # only now: a stop() must find the reply it is meant for
-        yield from _read(self.tokenizer, reply)
+            earlier = self.alternatives if again else []
 
-    def _record(self, past: list, query: str, reply: Reply, earlier: list[str]) -> None:
-        """In the reply's thread, when it has ended: let it join the history, whether or not somebody reads it."""
-        self._others = (earlier, [])
-        self.history = [*past, [query, decode_reply(self.tokenizer, reply.token_ids)]]
-        self.statistics = reply.statistics()
+            def record(reply: Reply) -> None:
+                """When it has ended: let it join the history, whether or not somebody reads it."""
+                self._others = (earlier, [])
+                self.history = [*past, [query, decode_reply(self.tokenizer, reply.token_ids)]]
+                self.statistics = reply.statistics()
 
-    def _note_dropped(self, dropped: int) -> None:
-        if dropped > self.dropped_turns:
-            warn_dropped(dropped)
-        self.dropped_turns = dropped
+            generation = {**self.generation, **generation}
+            about = (self.model, self.tokenizer, self.session_meta, query, past, generation, self.dropped_turns)
+            reply, self.dropped_turns = make_reply(*about, self._cache, record)
+            self._writing = past, query, reply
+            return reply.start()  # only now: a stop() must find the reply it is meant for
 
     def _last_exchange(self) -> list[str]:
         if not self.history or not self.history[-1][0]:
@@ -223,19 +231,10 @@ class ChatSession:
         return self.history[-1]
 
     @contextmanager
-    def _not_busy(self):
+    def _changing(self):
         """Refuse at once while a reply is written: a second one, or an edit, would lose text."""
         with self._lock:
-            if self._reply is not None and self._reply.running:
+            if self._writing is not None and self._writing[-1].running:
                 raise BusyError("正在生成回复 [busy]：请等它结束，或先 stop()")
+            self._writing = None
             yield
-
-
-def _exported_others(exported: dict, shown: list[str]) -> tuple[list[str], list[str]]:
-    """The alternatives before and after the shown one of an exported conversation; older exports have none."""
-    replies, position = exported.get("alternatives", shown), exported.get("alternative", 0)
-    if not isinstance(replies, list) or type(position) is not int or replies[position : position + 1] != shown:
-        raise ChatError("导出的对话已损坏 [damaged export]：alternatives 里没有 history 的最后一条回复")
-    for reply in replies:
-        _checked(reply, "alternatives 的一条", may_be_empty=True)
-    return replies[:position], replies[position + 1 :]

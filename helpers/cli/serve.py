@@ -55,9 +55,9 @@ def serve(
 
 
 def _mounting(host: str, password: str | None, insecure: bool):
-    from ..demo.web import mount, require_password
+    from ..demo.web import check_password, mount
 
-    require_password(host, password, insecure)
+    check_password(host, password, insecure)
     return lambda app, loaded: mount(app, *loaded, password=password)
 
 

@@ -84,26 +84,17 @@ def _check(first: SessionMeta, second: SessionMeta, topic: str, turns: int) -> N
 
 def _facing(speaker: SessionMeta, other: SessionMeta, greeting: str = "") -> CharacterCard:
     """The persona of `speaker` when the other one is the user."""
-    return CharacterCard(
-        bot_name=speaker.bot_name,
-        bot_info=speaker.bot_info,
-        user_name=other.bot_name,
-        user_info=other.bot_info,
-        greeting=greeting,
-    )
+    as_user = {"user_name": other.bot_name, "user_info": other.bot_info}
+    return CharacterCard(bot_name=speaker.bot_name, bot_info=speaker.bot_info, greeting=greeting, **as_user)
 
 
 def _reason_to_drop(reply: str, lines: list[tuple[str, str]]) -> str:
-    words = _words(reply)
-    if not words:
+    def words(text: str) -> str:
+        return re.sub(r"[（(].*?[）)]|[\W_]+", "", text)  # without punctuation, spaces and (stage directions)
+
+    said = words(reply)
+    if not said:
         return "empty"
-    return "repeated" if any(_similarity(words, _words(text)) >= SAME for _, text in lines) else ""
-
-
-def _words(text: str) -> str:
-    """`text` without punctuation, spaces and (stage directions)."""
-    return re.sub(r"[（(].*?[）)]|[\W_]+", "", text)
-
-
-def _similarity(first: str, second: str) -> float:
-    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()
+    if any(difflib.SequenceMatcher(None, said, words(text), autojunk=False).ratio() >= SAME for _, text in lines):
+        return "repeated"
+    return ""

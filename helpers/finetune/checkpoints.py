@@ -10,7 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import CheckpointError, FinetuneError
 from ..model.adapters import ADAPTER_CARD, ADAPTER_RECORD, adapter_file
-from ..model.checkpoint import read_json, check_weight_file
+from ..model.checkpoint import check_weight_file, read_json
 from ..paths import free_bytes, write_json
 
 RUN_FILES = (ADAPTER_RECORD, ADAPTER_CARD, "adapter_config.json", "adapter_model.safetensors", "training_args.bin")

@@ -8,12 +8,9 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-import threading
-from collections import defaultdict
 from pathlib import Path
 
-import torch
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from ..errors import HelpersError
 
@@ -27,7 +24,7 @@ QUANTIZED_OR_COMPILED = (
 class PromptCache:
     """The KV cache of the last prompt and reply, kept for the next prompt that begins with the same tokens."""
 
-    compile_config: CompileConfig | None = None  # how `generate` compiles; None: not at all
+    compiled = False  # whether `generate` may compile
 
     def __init__(self):
         self.clear()
@@ -66,18 +63,16 @@ class CompiledDecoding:
     def __init__(self, model, length: int):
         self.length = length
         self.key_values = StaticCache(config=model.config, max_cache_len=length)
-        on_gpu = model.device.type == "cuda"
-        self.config = CompileConfig(mode="reduce-overhead" if on_gpu else "default")
-        self.config._compile_all_devices = True  # `generate` would compile on a GPU only
         self.user: StaticPromptCache | None = None
 
 
 class StaticPromptCache(PromptCache):
     """A `PromptCache` in the cache of a compiled model. `clear` gives no memory back: the model keeps it."""
 
+    compiled = True
+
     def __init__(self, decoding: CompiledDecoding):
-        self.decoding, self.compile_config = decoding, decoding.config
-        self.key_values = decoding.key_values
+        self.decoding, self.key_values = decoding, decoding.key_values
         self.clear()
 
     def clear(self) -> None:
@@ -85,11 +80,10 @@ class StaticPromptCache(PromptCache):
         self.token_ids = []
 
     def reuse(self, input_ids: list[int]) -> int:
-        """As in `PromptCache`; called in the thread of a reply, when it is its turn."""
+        """As in `PromptCache`; called when it is this conversation's turn to write."""
         if self.decoding.user is not self:
             self.token_ids = []
         self.decoding.user = self
-        share_cuda_graphs()
         keep = common_prefix_length(self.token_ids, input_ids[:-1])
         if keep == 0:
             self.key_values.reset()
@@ -102,10 +96,7 @@ class StaticPromptCache(PromptCache):
 
 def common_prefix_length(first: list[int], second: list[int]) -> int:
     """How many leading tokens two sequences share."""
-    for position, (a, b) in enumerate(zip(first, second)):
-        if a != b:
-            return position
-    return min(len(first), len(second))
+    return len(os.path.commonprefix([first, second]))  # made for paths, right for any two sequences
 
 
 def new_cache(model) -> PromptCache:
@@ -131,11 +122,11 @@ def compile_decoding(model, length: int = STATIC_TOKENS) -> None:
     Raises:
         HelpersError: the model or this machine cannot do it.
     """
-    refuse_uncompilable(model)
+    check_compilable(model)
     model.compiled_decoding = CompiledDecoding(model, min(length, model.config.max_position_embeddings))
 
 
-def refuse_uncompilable(model) -> None:
+def check_compilable(model) -> None:
     """Raise `HelpersError` if the model cannot be compiled, or something that compiling needs is missing."""
     if getattr(model, "is_quantized", False):
         raise HelpersError(QUANTIZED_OR_COMPILED)
@@ -166,20 +157,3 @@ def _missing_tools(device: str) -> list[str]:
         "triton": device != "cuda" or importlib.util.find_spec("triton") is not None,
     }
     return [name for name, present in found.items() if not present]
-
-
-_graphs: dict = {}
-_graph_locks: defaultdict = defaultdict(threading.Lock)
-
-
-def share_cuda_graphs() -> None:
-    """Let the calling thread replay the CUDA graphs that other threads have recorded, one thread at a time.
-
-    torch keeps them by thread: older versions fail in any thread but the first (pytorch issue 123177), newer ones would
-    record them again for every reply, which has a thread of its own.
-    """
-    if torch.cuda.is_available():
-        from torch._inductor import cudagraph_trees
-
-        cudagraph_trees.local.tree_manager_containers = _graphs
-        cudagraph_trees.local.tree_manager_locks = _graph_locks

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..chat.generation import STOP_IDS, GrowingText
+from ..chat.generation import STOP_IDS, StreamDecoder
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ async def read_text(tokenizer, generation, stops: Iterable[str] = ()) -> AsyncIt
 
     What could be the beginning of a stop text is held back until it is clear.
     """
-    growing, sent, stops = GrowingText(tokenizer), 0, list(stops)
+    growing, sent, stops = StreamDecoder(tokenizer), 0, list(stops)
     held = max((len(stop) for stop in stops), default=1) - 1
     async for token_ids in generation:
         text = growing.add(token_ids)

@@ -11,7 +11,8 @@ import openai
 import torch
 import uvicorn
 
-from helpers.chat.generation import STOP_IDS, GenerationParameters, PromptCache, Reply
+from helpers.chat.generation import STOP_IDS, GenerationParameters
+from helpers.chat.reply import PromptCache, Reply
 from helpers.serving.app import create_app
 from helpers.serving.limits import RequestLimits
 from helpers.serving.server import open_listener, uvicorn_config

@@ -257,7 +257,19 @@ def test_make_sets_up_only_when_something_changed(installed: Path) -> None:
 
 def test_make_without_target_lists_the_targets(project: Path) -> None:
     listed = shell(project, "make").stdout
-    for target in ("run", "notebooks", "refresh", "test", "test-slow", "lint", "lab", "kernel", "bench", "nano", "clean"):
+    for target in (
+        "run",
+        "notebooks",
+        "refresh",
+        "test",
+        "test-slow",
+        "lint",
+        "lab",
+        "kernel",
+        "bench",
+        "nano",
+        "clean",
+    ):
         assert f"\n{target} " in f"\n{listed}"
 
 
