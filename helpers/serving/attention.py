@@ -20,7 +20,8 @@ def request_by_request(module, query, key, value, attention_mask, scaling, cache
         cache: the paged cache; it takes in the new keys and values and gives out those of each whole request.
         kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, where each request begins and ends among the tokens and the keys.
     """
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if cache is not None:  # up to transformers 5.23; from 5.24 on the model itself has updated the cache
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     token_ends = kwargs["cu_seq_lens_q"].tolist()
     key_ends = kwargs["cu_seq_lens_k"].tolist()  # the update has put those of this layer here
     outputs = []
