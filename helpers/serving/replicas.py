@@ -5,9 +5,11 @@ What Ray leaves open, and what to take instead for many GPUs, is written in docs
 
 import os
 import signal
-import socket
+import sys
+import tempfile
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,7 +21,7 @@ from .engine import QUEUE_SIZE, SLOTS
 from .server import log_as_json
 
 NAME = "characterglm"  # of the application on Ray
-# Read by Ray when it starts. The first is its name for "one machine only": it then listens on 127.0.0.1, but for one
+# Read by Ray when it is imported. The first is its name for "one machine only": it then listens on 127.0.0.1, but for one
 # port a replica. The last leaves the model the priority of any other program.
 ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -145,24 +147,25 @@ def deployment(chosen: Replicas, grace_seconds: int, app_options: dict):
 
 
 def start_ray(chosen: Replicas):
-    """The module `ray`, started or connected."""
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT_DIR), os.getenv("PYTHONPATH")]))}
-    os.environ.update(environment)
+    """The module `ray`, started or connected. Raises HelpersError: no Ray, no such cluster, too few GPUs or CPUs."""
+    # JupyterLab brings rfc3987_syntax, which `import ray` reaches through jsonschema and which takes 3 s to build its
+    # grammar. All of Ray's processes would pay that, and Ray gives up if one of them is not up in time.
+    shadow = tempfile.mkdtemp()
+    Path(shadow, "rfc3987_syntax.py").write_text("raise ImportError")
+    sys.modules.setdefault("rfc3987_syntax", None)
+    os.environ.update(ENVIRONMENT if chosen.ray_address is None else {})
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [shadow, str(PROJECT_DIR), os.getenv("PYTHONPATH")]))
     try:
         import ray
     except ImportError:
         raise HelpersError(
             "多个副本需要 Ray [ray required]。请运行 pip install -r requirements-cluster.txt -c constraints.txt"
         ) from None
-    if chosen.ray_address is None:
-        there = {"CPU": os.cpu_count(), "GPU": torch.cuda.device_count()}
-        ray.init("local", num_cpus=max(os.cpu_count(), chosen.cpus * chosen.most), include_dashboard=False)
-    else:
-        knock(chosen.ray_address)
-        try:
-            ray.init(chosen.ray_address, runtime_env={"env_vars": {"PYTHONPATH": environment["PYTHONPATH"]}})
-        except (OSError, RuntimeError, ValueError) as error:
-            raise no_cluster(chosen.ray_address, error) from None
-    for name, needed in chosen.resources.items():
-        pass
+    try:
+        if chosen.ray_address is None:
+            ray.init("local", num_cpus=max(os.cpu_count(), chosen.cpus * chosen.most), include_dashboard=False)
+        else:
+            ray.init(chosen.ray_address, runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT_DIR)}})
+    except (OSError, RuntimeError, ValueError) as error:
+        raise HelpersError(f"连不上 Ray [no ray cluster]：{chosen.ray_address}：{error}") from None
     return ray
