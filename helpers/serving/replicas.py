@@ -5,6 +5,7 @@ What Ray leaves open, and what to take instead for many GPUs, is written in docs
 
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -21,12 +22,12 @@ from .engine import QUEUE_SIZE, SLOTS
 from .server import log_as_json
 
 NAME = "characterglm"  # of the application on Ray
-# Read by Ray when it is imported. The first is its name for "one machine only": it then listens on 127.0.0.1, but for
-# one port a replica. The last leaves the model the priority of any other program.
+# Read by Ray when it is imported.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # its name for "one machine only": it listens on 127.0.0.1
 ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
+    "RAY_worker_niceness": "0",  # or the model would have less than the priority of any other program
+    **{"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"},  # every line of the log, as it is
 }
 
 
@@ -138,13 +139,16 @@ def start_ray(chosen: Replicas):
     Path(shadow, "rfc3987_syntax.py").write_text("raise ImportError")
     sys.modules.setdefault("rfc3987_syntax", None)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [shadow, str(PROJECT_DIR), os.getenv("PYTHONPATH")]))
-    os.environ.update(ENVIRONMENT if chosen.ray_address is None else {})
+    os.environ.update(ENVIRONMENT | (LOOPBACK if chosen.ray_address is None else {}))
     cpus = max(os.cpu_count() or 1, chosen.threads * chosen.max_replicas)
     own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     joined = {"address": chosen.ray_address, "runtime_env": {"env_vars": {"PYTHONPATH": str(PROJECT_DIR)}}}
     try:
         import ray
 
+        if ":" in (chosen.ray_address or ""):  # is anybody there? Ray itself would try for minutes
+            host, _, number = chosen.ray_address.rpartition(":")
+            socket.create_connection((host, int(number)), timeout=5).close()
         ray.init(**own if chosen.ray_address is None else joined)
     except ImportError:
         how = "pip install -r requirements-cluster.txt -c constraints.txt"

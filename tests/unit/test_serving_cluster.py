@@ -125,6 +125,7 @@ def test_what_ray_brings_along_does_not_change_the_server():
     [
         (["--replicas", 2, "--gpus-per-replica", 1000], "not enough GPUs"),
         (["--ray-address", "127.0.0.1:1"], "no ray cluster"),
+        (["--ray-address", "nonsense:x"], "no ray cluster"),
     ],
 )
 def test_what_is_not_there(tmp_path, options, message):
