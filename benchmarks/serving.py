@@ -32,7 +32,7 @@ from support.report import JsonFile, Quick, publish
 import helpers
 from helpers.characters.dialogues import load_dialogues
 from helpers.serving import Server
-from helpers.serving.load import ask_all, health_delays, percentile_99
+from helpers.serving.load_test import ask_all, health_delays, percentile_99
 
 LESSON_SERVER = Path(__file__).parent / "support" / "lesson_server.py"
 CHARACTER = "苏梦远"

@@ -30,7 +30,6 @@ from helpers.export import plain as export
 from helpers.export.plain import export_model, plain_tokenizer
 from helpers.export.safetensors_copy import convert_checkpoint
 from helpers.finetune.lora import add_lora
-from helpers.serving.prompts import chat_prompt
 from helpers.serving.schemas import ChatRequest
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -247,7 +246,7 @@ REQUESTS = {
 def test_a_request_to_vllm_gives_the_prompt_of_our_own_server(tokenizers, what):
     own, stock = tokenizers
     body = REQUESTS[what]
-    meta, turns = chat_prompt(ChatRequest.model_validate(body), None)
+    meta, turns = ChatRequest.model_validate(body).conversation(None)
     expected = prompt_ids(own, [message for turn in turns for message in turn], session_meta=meta)
     assert prompt_ids(stock, body["messages"], **body.get("chat_template_kwargs", {})) == expected
 

@@ -140,7 +140,7 @@ ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 @pytest.mark.parametrize("row", [{**GOOD, "system": "你是阿九"}, {"messages": SYSTEM + ASKED}])
 def test_a_system_text_is_the_persona_of_its_row(tmp_path, row):
-    """As for the API server (`helpers.serving.prompts`)."""
+    """As for the API server (`helpers.serving.schemas`)."""
     (sample,), report = load_samples(write(tmp_path, row), CARD)
     assert (sample.card.bot_name, sample.card.bot_info) == ("角色", "你是阿九")
     assert "[persona from system]" in str(report)

@@ -170,12 +170,11 @@ def test_the_queue_is_bounded(nano, prompts):
     async def scenario(engine):
         with endless(engine.model, 0.005):
             accepted = [engine.generate(prompts[0], parameters(**LONG)) for _ in range(2)]
-            with engine.admitted():
-                assert engine.in_flight == 3 and engine.waiting == 2
-                with pytest.raises(OverloadError), engine.admitted():
-                    pass
-                with pytest.raises(OverloadError):
-                    engine.generate(prompts[0], parameters(**LONG))
+            prepared = engine.reserve()
+            assert engine.in_flight == 3 and engine.waiting == 2
+            with pytest.raises(OverloadError):
+                engine.generate(prompts[0], parameters(**LONG))
+            prepared.cancel()
             assert engine.in_flight == 2
             for generation in accepted:
                 generation.cancel()

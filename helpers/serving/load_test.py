@@ -20,13 +20,10 @@ class Answer:
 
 
 async def ask(client: httpx.AsyncClient, prompt: str, stream: bool = False, **parameters) -> Answer:
-    """Ask for one reply: by `POST /`, or streamed by `/v1/chat/completions`.
+    """Ask for one reply: by `POST /`, or streamed by `/v1/chat/completions`. Raises httpx.HTTPStatusError.
 
     Args:
         parameters: more fields of the request, such as max_length or temperature.
-
-    Raises:
-        httpx.HTTPStatusError: the server refused.
     """
     start = time.perf_counter()
     if not stream:
@@ -47,7 +44,10 @@ async def ask(client: httpx.AsyncClient, prompt: str, stream: bool = False, **pa
 
 
 async def ask_all(url: str, prompts: Iterable[str], gap: float = 0, **options) -> tuple[list[Answer], float]:
-    """Every prompt is asked by a user of its own, all at once or one every `gap` seconds.
+    """Ask for a reply to each prompt, a user each. All ask at once, or one every `gap` seconds.
+
+    Args:
+        options: for `ask`.
 
     Returns:
         The answers, and the seconds from the first request to the end of the last answer.
@@ -82,9 +82,5 @@ def percentile_99(values: list[float]) -> float:
 
 def _client(url: str) -> httpx.AsyncClient:
     # The environment may name a proxy, which is not for 127.0.0.1.
-    return httpx.AsyncClient(
-        base_url=url,
-        timeout=600,
-        trust_env=False,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-    )
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=url, timeout=600, trust_env=False, limits=limits)
