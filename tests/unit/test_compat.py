@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def is_there(name: str) -> bool:
     except (ImportError, AttributeError):
         return False
     fields = getattr(owner, "__dataclass_fields__", {})
-    return hasattr(owner, last) or last in fields or f"self.{last} = " in inspect.getsource(owner)
+    return hasattr(owner, last) or last in fields or re.search(rf"self\.{last}\b[^=\n]*=", inspect.getsource(owner)) is not None
 
 
 @pytest.mark.parametrize(("home", "name", "breaks"), declared())
