@@ -5,6 +5,7 @@ A row is `{"input_ids": [...], "labels": [...]}`, of equal length; where a label
 
 import bisect
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -49,13 +50,13 @@ def encode_lines(tokenizer, dialogue: Dialogue) -> tuple[list[int], list[int], l
     *lines, name = tokenizer.apply_chat_template(messages, **options).split("\n")
     header, said = "\n".join(lines[: -len(messages)]), lines[-len(messages) :]
     replies = [line[len(name) :] for line, message in zip(said, messages) if message["role"] == "assistant"]
-    # A text in front of the line break: at the very beginning, the tokenizer would put a space before the line.
-    texts = [f"\n{name}", *(f"\n{line}\n" for line in [*said, *replies])]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    # The tokenizer puts a space before a text: right for the header, for the others a line break comes in between.
+    texts = [f"{header}\n", f"\n{name}", *(f"\n{line}\n" for line in [*said, *replies])]
+    header_ids, *encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     name_ids, *line_ids = (ids[ids.index(NEWLINE_ID) + 1 :] for ids in encoded)
     said_ids, reply_ids = iter(line_ids[: len(said)]), iter(line_ids[len(said) :])
     turns = [Turn(next(said_ids) if query else [], next(reply_ids), next(said_ids)) for query, _ in dialogue.history]
-    return tokenizer(f"{header}\n")["input_ids"], name_ids, turns
+    return tokenizer.prefix_ids + header_ids, name_ids, turns
 
 
 # --- 2. Lines of tokens as rows to learn from
@@ -126,7 +127,8 @@ def encode_samples(tokenizer, samples, max_length=MAX_LENGTH, report=None, on_ba
     """
     report = DataReport("数据", rows=len(samples)) if report is None else report
     rows = []
-    for sample in tqdm(samples, "编码 [encoding]", delay=2):
+    often = 0.1 if sys.stderr.isatty() else 10  # in a log, a line now and then
+    for sample in tqdm(samples, "编码 [encoding]", delay=often + 2, mininterval=often):
         try:
             rows += encode(tokenizer, sample, max_length)
         except BadRow as bad:

@@ -165,7 +165,6 @@ def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=F
     A run that was interrupted goes on from its last complete checkpoint if it is started again with the same settings.
 
     Args:
-        output_dir: gets the adapter, `finetune.json` and the checkpoints.
         card: the persona that the adapter speaks as; kept beside it, so that the API server can use it.
         overwrite: replace a finished run, or one with other settings, as soon as this one is complete.
         callbacks, **training: for the Trainer, and fields of its TrainingArguments.
