@@ -10,7 +10,7 @@ from ..chat.session import ChatSession
 from ..errors import ChatError
 
 GOODBYE = re.compile(r"再见|再会|拜拜|告辞|后会有期|晚安|goodbye|bye-bye", re.IGNORECASE)
-SAME = 0.8  # share of equal characters from which two lines count as the same
+SAME = 0.8  # share of equal characters from which two lines count as one: two models easily end in a circle
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def converse(
 ) -> Duet:
     """Let `first` bring up `topic` and the two talk about it.
 
-    They stop after `turns` replies, after a goodbye, or before a reply that is empty or nearly repeats an earlier line:
-    two models that answer each other easily end in a circle, and do not find out of it.
+    They stop after `turns` replies, after a goodbye, or before a reply that is empty or nearly repeats an earlier line.
 
     Args:
         topic: completes 我们来聊聊…吧, the first line.
