@@ -36,7 +36,11 @@ def is_there(name: str) -> bool:
     except (ImportError, AttributeError):
         return False
     fields = getattr(owner, "__dataclass_fields__", {})
-    return hasattr(owner, last) or last in fields or re.search(rf"self\.{last}\b[^=\n]*=", inspect.getsource(owner)) is not None
+    return (
+        hasattr(owner, last)
+        or last in fields
+        or re.search(rf"self\.{last}\b[^=\n]*=", inspect.getsource(owner)) is not None
+    )
 
 
 @pytest.mark.parametrize(("home", "name", "breaks"), declared())
