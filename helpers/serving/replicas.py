@@ -27,7 +27,8 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # its name for "one machi
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # or the model would have less than the priority of any other program
-    **{"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"},  # every line of the log, as it is
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",  # every line of the log, as it is
 }
 
 

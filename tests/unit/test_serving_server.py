@@ -15,9 +15,9 @@ from live_server import LiveServer, ask, wait_until
 
 import helpers
 from helpers.errors import CheckpointError, HelpersError
+from helpers.network import free_port, listen
 from helpers.serving import Server, serve, service
 from helpers.serving.app import create_app
-from helpers.network import free_port, listen
 from helpers.serving.server import check_key
 
 # Nano's own replies are short. At this temperature it babbles; with this seed, for all of the tokens.
