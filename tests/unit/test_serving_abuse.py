@@ -321,7 +321,8 @@ def test_health_answers_while_all_slots_are_busy(server):
 # --- whatever else
 
 
-def test_schemathesis_finds_no_server_error(nano):
+@pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_schemathesis_finds_no_server_error(nano, examples):
     """Requests made from the OpenAPI schema, valid and not."""
     statuses = set()
     with nano_server(nano, context=160) as small, requests.Session() as session:  # short replies
@@ -332,7 +333,7 @@ def test_schemathesis_finds_no_server_error(nano):
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
 
                 @settings(
-                    max_examples=40 if operation.method == "post" else 5,
+                    max_examples=examples if operation.method == "post" else 5,
                     derandomize=True,
                     deadline=None,
                     database=None,
