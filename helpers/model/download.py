@@ -101,16 +101,13 @@ def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None
 
     Args:
         local_dir: the target; by default `default_model_dir()`.
-        verify: compare every byte of a model that is already there with what ModelScope lists, and fetch again what
-            is damaged.
+        verify: compare every byte of a model that is there with what ModelScope lists, and fetch what is damaged.
 
     Returns:
         The directory with the complete checkpoint.
 
     Raises:
-        HelpersError: the disk is too full or not writable, ModelScope cannot be reached or does not have the model,
-            or what it sends is not what it lists.
-        CheckpointError: the download ended but files are missing or damaged.
+        HelpersError: disk full or not writable, ModelScope unreachable, no such model, files missing or damaged.
     """
     target = Path(local_dir).expanduser() if local_dir is not None else default_model_dir(model_id)
     found = find_downloaded(model_id) if local_dir is None else target if _is_complete(target) else None

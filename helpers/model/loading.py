@@ -77,11 +77,7 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
     # 2. The config first, because AutoTokenizer would hide what is wrong with it; then the tokenizer, in a moment.
     config = AutoConfig.from_pretrained(choice.path)
     tokenizer = AutoTokenizer.from_pretrained(choice.path, config=config)
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"tokenizer.model 有 {len(tokenizer)} 个 token，模型只有 {config.vocab_size} 个 [tokenizer mismatch]："
-            f"{choice.path}。它们必须来自同一个模型"
-        )
+    check_vocabulary(tokenizer, config, choice.path)
     # 3. The weights: seconds from a disk cache, a minute without.
     loaded = AutoModelForCausalLM.from_pretrained(choice.path, config=config, **options)
     # 4. What goes on top.
@@ -91,6 +87,15 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
     if adapter is not None:
         loaded = add_adapter(loaded, adapter)
     return loaded.eval(), tokenizer
+
+
+def check_vocabulary(tokenizer, config, path: Path) -> None:
+    """Raise `CheckpointError` if the tokenizer knows tokens that the model has no embedding for."""
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"tokenizer.model 有 {len(tokenizer)} 个 token，模型只有 {config.vocab_size} 个 [tokenizer mismatch]："
+            f"{path}。它们必须来自同一个模型"
+        )
 
 
 def choose(model="auto", *, dtype="auto", device_map="auto") -> LoadChoice:

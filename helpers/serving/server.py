@@ -49,7 +49,7 @@ def serve(
         threads: for torch on a CPU; by default one core is left for the network, or tokens would wait for each other.
         cluster: for `serve_replicas`: several copies of the model then serve, on Ray.
         add_page: called with the app and (model, tokenizer): a web page on the same model.
-        until_stdin_closes: also end when standard input does, that is, when the process that started this one is gone.
+        until_stdin_closes: also end when the process that started this one is gone.
 
     Raises:
         HelpersError: the host needs a key, the port is taken, Ray is missing, or the model cannot be loaded.
@@ -59,8 +59,7 @@ def serve(
     if until_stdin_closes:
         threading.Thread(target=lambda: (sys.stdin.read(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     if cluster is None:
-        serve_here(model, host, port, grace_seconds, threads or default_threads(), add_page, app_options)
-        return
+        return serve_here(model, host, port, grace_seconds, threads or default_threads(), add_page, app_options)
     if add_page is not None:
         raise HelpersError(
             "网页要用这个进程里的模型，不能和 --replicas 一起用 [page needs one model]：另开 python -m helpers demo"
