@@ -55,9 +55,8 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
         quantization: None, "int8" or "nf4": the weights of the linear layers in 8 or 4 bits (bitsandbytes); embedding,
             output layer and computation stay in `dtype`. Slower on a CPU, see `benchmarks/decoding.py`.
         adapter: directory of a PEFT LoRA adapter to put on top.
-        compile: decode with torch.compile: the first reply takes about a minute longer, later ones are faster, and
-            prompt and reply together have at most `kv_cache.STATIC_TOKENS` tokens. Not with `quantization`, and not in
-            the API server.
+        compile: decode with torch.compile: the first reply waits a minute, later ones are faster; prompt and reply have
+            at most `kv_cache.STATIC_TOKENS` tokens. Not with `quantization`, and not in the API server.
 
     Returns:
         `(model, tokenizer)`, the model in evaluation mode.

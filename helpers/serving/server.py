@@ -41,10 +41,9 @@ def serve(
     add_page: Callable[[FastAPI, tuple], object] | None = None,
     **app_options,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; replies being written may then take `grace_seconds` to end.
+    """Serve what `create_app` makes until SIGTERM or Ctrl-C; replies may then take `grace_seconds` to end.
 
     Args:
-        model, app_options: for `create_app`.
         host: other machines reach only one that is not 127.0.0.1; that needs an `api_key`, or `insecure`.
         threads: for torch on a CPU; by default one core is left for the network, or tokens would wait for each other.
         cluster: for `serve_replicas`: several copies of the model then serve, on Ray.
@@ -59,7 +58,8 @@ def serve(
     if until_stdin_closes:
         threading.Thread(target=lambda: (sys.stdin.read(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     if cluster is None:
-        return serve_here(model, host, port, grace_seconds, threads or default_threads(), add_page, app_options)
+        serve_here(model, host, port, grace_seconds, threads or default_threads(), add_page, app_options)
+        return
     if add_page is not None:
         raise HelpersError(
             "网页要用这个进程里的模型，不能和 --replicas 一起用 [page needs one model]：另开 python -m helpers demo"
