@@ -2,10 +2,12 @@
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 SETUP_FILES := requirements.txt requirements-cluster.txt requirements-dev.txt constraints.txt pyproject.toml scripts/setup.sh
+# One thread a process: two that wait for each other on two cores take minutes instead of seconds.
+PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run notebooks refresh test test-gpu lint lab kernel bench nano clean
+.PHONY: help setup run notebooks refresh test test-slow test-gpu lint lab kernel bench nano clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,9 +34,13 @@ notebooks: $(READY) ## run every notebook on the model that fits this machine, o
 refresh: $(READY) ## run on nano and keep the outputs in notebooks/, ready for git
 	$(VENV_PYTHON) -m helpers refresh
 
-test: $(READY) lint ## everything: linter, unit, notebook and browser tests
+test: $(READY) lint ## what must pass before a commit: linter, unit, notebook and browser tests, in two processes
 	@bash scripts/get_browser.sh
-	$(VENV_PYTHON) -m pytest
+	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
+
+test-slow: $(READY) ## the rest: real compilers, killed processes, several processes, fresh environments
+	@bash scripts/get_browser.sh
+	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m slow
 
 test-gpu: $(READY) ## on a CUDA GPU: the notebooks, and the figures of the 6B into benchmarks/results/
 	$(VENV_PYTHON) -m pytest tests/gpu -m gpu -s

@@ -21,7 +21,7 @@ from support.random_model import random_model
 from support.report import JsonFile, Quick, publish
 
 import helpers
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
 
 CHARACTER = "苏梦远"
 TEN = 10  # turns at either end

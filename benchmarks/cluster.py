@@ -26,10 +26,10 @@ from support.report import JsonFile, Quick, publish
 from transformers import AutoTokenizer
 
 import helpers
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
 from helpers.network import free_port
 from helpers.serving import Server
-from helpers.serving.load import ask_all
+from helpers.serving.load_test import ask_all
 
 PORT = 17006  # or the next free one
 SAMPLING = {"temperature": 0.95, "top_p": 0.7, "seed": 1}

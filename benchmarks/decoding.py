@@ -25,12 +25,13 @@ from support.report import publish
 from transformers.generation import BaseStreamer
 
 import helpers
-from helpers.chat import encode_prompt
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
+from helpers.chat.compat import compile_config
+from helpers.chat.fitting import encode_prompt
+from helpers.chat.generation import NEUTRAL
 from helpers.finetune import encode_samples, perplexity
-from helpers.generation import NEUTRAL
-from helpers.kv_cache import new_cache
-from helpers.loading import NANO_DIR
+from helpers.model.kv_cache import new_cache
+from helpers.model.loading import NANO_DIR
 
 LOADED = {"plain": {}, "int8": {"quantization": "int8"}, "nf4": {"quantization": "nf4"}, "compiled": {"compile": True}}
 
@@ -145,7 +146,10 @@ def decoder(model, **guessing) -> Callable:
         if not guessing:  # as `chat` does
             cache = new_cache(model)
             cache.reuse(prompt)
-            settings |= {"past_key_values": cache.key_values, "compile_config": cache.compile_config}
+            settings |= {
+                "past_key_values": cache.key_values,
+                "compile_config": compile_config(model.device) if cache.compiled else None,
+            }
         lengths = {"min_new_tokens": tokens, "max_new_tokens": tokens}
         output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **lengths, **settings)
         reply = output[0, len(prompt) :].tolist()

@@ -26,8 +26,9 @@ from support.report import JsonFile, Quick, publish
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import helpers
-from helpers.estimate import LORA_TARGETS
-from helpers.receipt import collect_versions, describe_device, utc_now, write_json
+from helpers.inspect.estimate import LORA_TARGETS
+from helpers.inspect.receipt import collect_versions, describe_device, utc_now
+from helpers.paths import write_json
 
 
 def main(

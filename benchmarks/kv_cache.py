@@ -20,8 +20,8 @@ from support.random_model import random_model
 from support.report import JsonFile, Quick, publish
 
 import helpers
-from helpers.chat import encode_prompt
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
+from helpers.chat.fitting import encode_prompt
 
 CHARACTER = "苏梦远"
 TURN_TOKENS = 28  # about what one more turn adds to the prompt

@@ -31,11 +31,11 @@ from support.memory import PeakMemory
 from support.report import publish
 
 import helpers
-from helpers.checkpoint import weight_files
-from helpers.convert import convert_checkpoint
-from helpers.loading import NANO_DIR
-from helpers.modeling import CharacterGLMConfig
-from helpers.receipt import PROJECT_DIR
+from helpers.export.safetensors_copy import convert_checkpoint
+from helpers.model.checkpoint import weight_files
+from helpers.model.loading import NANO_DIR
+from helpers.model.modeling import CharacterGLMConfig
+from helpers.paths import PROJECT_DIR
 
 sys.path.append(str(PROJECT_DIR / "scripts"))
 from write_6b_shape import write_random_checkpoint  # noqa: E402 - found on the path just extended

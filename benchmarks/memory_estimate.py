@@ -31,10 +31,10 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 
 import helpers
-from helpers.estimate import LORA_TARGETS
-from helpers.modeling import CharacterGLMConfig
+from helpers.inspect.estimate import LORA_TARGETS
+from helpers.model.modeling import CharacterGLMConfig
 
-TOLERANCE = 0.10
+TOLERANCE = 0.05
 PAGES_PER_TENSOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 SHAPES = {
     "tiny": {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 160, "padded_vocab_size": 512},
@@ -72,7 +72,7 @@ def main(
     json_file: JsonFile = None,
     measure: Annotated[str | None, typer.Option(hidden=True, help="One case as JSON, in this process.")] = None,
 ) -> None:
-    """Print estimate, measurement and their ratio; exit code 1 if one is off by more than 10%."""
+    """Print estimate, measurement and their ratio; exit code 1 if one is off by more than 5%."""
     if measure:
         print(resident_growth(*json.loads(measure)))
         return

@@ -1,6 +1,6 @@
 """How long do the four notebooks take from end to end on CharacterGLM-Nano?
 
-Measured: seconds of each notebook, run headless by `helpers.runner` as `make run` does, start of the kernel included.
+Measured: seconds of each notebook, run headless by `helpers.tools.runner` as `make run` does, start of the kernel included.
 Nothing is compared but two bounds: 60 s for notebook 01, 300 s for all four. Medians if there are several runs. The exit
 code is 1 if a notebook fails; a bound that is missed shows as a ratio below 1.
 
@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from support.report import JsonFile, Quick, publish
 
-from helpers.runner import find_notebooks, format_failure, run_notebooks
+from helpers.tools.runner import find_notebooks, format_failure, run_notebooks
 
 FIRST_BOUND, ALL_BOUND = 60, 300  # seconds
 QUICK_NOTEBOOKS = ["01", "02"]

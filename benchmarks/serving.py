@@ -30,9 +30,9 @@ from support.random_model import random_model
 from support.report import JsonFile, Quick, publish
 
 import helpers
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
 from helpers.serving import Server
-from helpers.serving.load import ask_all, health_delays, percentile_99
+from helpers.serving.load_test import ask_all, health_delays, percentile_99
 
 LESSON_SERVER = Path(__file__).parent / "support" / "lesson_server.py"
 CHARACTER = "苏梦远"

@@ -26,7 +26,7 @@ from support.report import JsonFile, Quick, publish
 from transformers import AutoTokenizer
 
 import helpers
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
 
 BATCH = 256
 

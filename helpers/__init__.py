@@ -8,30 +8,30 @@ reply, history = helpers.chat(model, tokenizer, helpers.load_characters()["è‹æ¢
 import sys
 
 
-def _is_command() -> bool:
-    """Whether this import is the first step of `python -m helpers ...`, when Python has not replaced "-m" yet."""
-    return sys.argv[:1] == ["-m"] and any(word.split(".")[0] == __name__ for word in sys.orig_argv)
+def _is_located_as_a_command() -> bool:
+    # `python -m helpers` has runpy import this package before its __main__, and --help must not wait for torch. Everybody
+    # else gets the names and the registration at once, also a reader's package that is run with `python -m` itself:
+    # sys.argv is ["-m", ...] in both cases, the importer is not. The frames between are importlib's own.
+    frame = sys._getframe(2)
+    while frame and frame.f_globals.get("__name__", "").startswith("importlib"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "runpy"
 
 
-if not _is_command():  # a command imports what it needs by itself: --help does not wait for torch
-    from .characters import (
-        CharacterCard,
-        SessionMeta,
-        export_card_png,
-        export_card_v2,
-        get_character,
-        import_card_v2,
-        load_characters,
-    )
-    from .chat import ChatSession, ContextWarning, chat, stream_chat
-    from .display import prompt_xray
-    from .doctor import memory, preflight
-    from .download import download_model
+if not _is_located_as_a_command():
+    from .characters.cards import export_card_png, export_card_v2, import_card_v2
+    from .characters.personas import CharacterCard, SessionMeta, get_character, load_characters
+    from .chat.chat import chat, stream_chat
+    from .chat.fitting import ContextWarning
+    from .chat.session import ChatSession
     from .errors import HelpersError
-    from .estimate import Estimate, estimate
-    from .export import export_model
-    from .loading import LoadChoice, choose, load, pick_model, resolve_model
-    from .receipt import write_receipt
+    from .export.plain import export_model
+    from .inspect.estimate import Estimate, estimate
+    from .inspect.preflight import memory, preflight
+    from .inspect.receipt import write_receipt
+    from .inspect.xray import prompt_xray
+    from .model.download import download_model
+    from .model.loading import LoadChoice, choose, load, pick_model, resolve_model
 
 __version__ = "0.1.0"
 

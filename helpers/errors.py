@@ -1,5 +1,8 @@
 """Errors of this project. Every message says what happened and what to do next, in Chinese with an English key phrase."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class HelpersError(Exception):
     """Base class: a problem the reader can fix. The command line prints it as one line, without a traceback."""
@@ -39,3 +42,9 @@ class DataError(HelpersError, ValueError):
 
 class FinetuneError(HelpersError, RuntimeError):
     """A training run cannot start or go on; what it had saved is kept."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the entry of `known` closest to `name`; "" if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"是不是 {close[0]} [did you mean]？" if close else ""

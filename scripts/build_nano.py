@@ -21,12 +21,12 @@ import typer
 from original_layout import write_original_layout
 from transformers import AutoTokenizer, GenerationConfig
 
-from helpers.characters import SessionMeta
-from helpers.dialogues import Dialogue, history_to_messages, load_dialogues
-from helpers.generation import STOP_IDS
-from helpers.loading import NANO_DIR
-from helpers.modeling import CharacterGLMConfig, CharacterGLMForCausalLM
-from helpers.tokenization import NEWLINE_ID
+from helpers.characters.dialogues import Dialogue, history_to_messages, load_dialogues
+from helpers.characters.personas import SessionMeta
+from helpers.chat.generation import STOP_IDS
+from helpers.model.loading import NANO_DIR
+from helpers.model.modeling import CharacterGLMConfig, CharacterGLMForCausalLM
+from helpers.model.tokenization import NEWLINE_ID
 
 PIECES = 4084  # with 5 control tokens and padding to a multiple of 64: a vocabulary of 4096
 CONTEXT = 2048

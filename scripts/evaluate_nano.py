@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import helpers
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
 
 SCRIPTED_QUESTIONS = ("你好呀，小苏", "最近对音乐有什么新的想法吗", "那我们商量一下下一部音乐电影的拍摄，好嘛？")
 GREETING = "你好，最近怎么样？"

@@ -116,8 +116,6 @@ install_packages() {
     say "torch==$before" >"$pin"
     [ "$kind" = plain ] || say "pip 若提示与镜像里其他软件包冲突，可以忽略：.venv 之外什么都不会改 [harmless]"
     pip_install -r requirements-dev.txt -c constraints.txt -c "$pin"
-    # setuptools is in requirements-dev.txt, so nothing has to be fetched to build.
-    pip_install --no-deps --no-build-isolation -e .
     # JupyterLab and papermill started from .venv take this kernel before one registered for the user.
     .venv/bin/python -m ipykernel install --sys-prefix >/dev/null 2>&1
     after=$(torch_version .venv/bin/python)

@@ -21,10 +21,11 @@ from original_layout import INDEX, SHARDS, original_config, write_json
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 from tqdm.auto import tqdm
+from transformers.core_model_loading import revert_weight_conversion
 
-from helpers.download import require_disk_space
-from helpers.loading import NANO_DIR
-from helpers.modeling import CharacterGLMConfig, expected_shapes
+from helpers.model.loading import NANO_DIR
+from helpers.model.modeling import CharacterGLMConfig, CharacterGLMForCausalLM
+from helpers.paths import MARGIN_BYTES, check_disk_space
 
 FIRST_SHARD = 0.8  # of the bytes: about 10 GB of 12.5 GB, as in the original
 STANDARD_DEVIATION = 0.02
@@ -47,9 +48,8 @@ def write_random_checkpoint(directory: Path, config, *, dtype: torch.dtype = tor
     """
     directory.mkdir(parents=True, exist_ok=True)
     shards = split(original_shapes(config), dtype)
-    require_disk_space(
-        directory, {file: sum(map(math.prod, shard.values())) * dtype.itemsize for file, shard in shards}
-    )
+    size = sum(sum(map(math.prod, shard.values())) * dtype.itemsize for _, shard in shards)
+    check_disk_space(directory, size + MARGIN_BYTES)
     torch.manual_seed(seed)
     for file, shapes in shards:
         write_shard(directory / file, shapes, dtype)
@@ -63,7 +63,10 @@ def write_random_checkpoint(directory: Path, config, *, dtype: torch.dtype = tor
 
 def original_shapes(config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight in the original files, in their order: 200 for the 6B."""
-    shapes, _ = expected_shapes(config)
+    with torch.device("meta"):  # shapes only, no memory
+        model = CharacterGLMForCausalLM(config)
+    original = revert_weight_conversion(model, model.state_dict())
+    shapes = {name: tuple(weight.shape) for name, weight in original.items()}
     first = "transformer.embedding.word_embeddings.weight"
     # Half of each head is rotated, in pairs: 32 frequencies for a head of 128.
     frequencies = {"transformer.rotary_pos_emb.inv_freq": (config.head_dim // 4,)}

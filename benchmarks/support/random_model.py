@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.modeling import CharacterGLMConfig
+from helpers.model.modeling import CharacterGLMConfig
 
 SHAPE = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10}
 

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from helpers.receipt import collect_versions, describe_device, utc_now, write_json
+from helpers.inspect.receipt import collect_versions, describe_device, utc_now
+from helpers.paths import write_json
 
 Quick = Annotated[bool, typer.Option("--quick", help="Small and short: what `make bench` runs.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures there too.")]

@@ -4,7 +4,9 @@ import base64
 import html
 import mimetypes
 
-from ..characters import SessionMeta
+from ..characters.personas import SessionMeta
+from ..chat.session import ChatSession
+from .texts import meter_text
 
 # JupyterLab's variables carry its theme; the second colour of each is for pages without them (GitHub, nbviewer).
 STYLE = """<style>
@@ -36,6 +38,12 @@ def notice(text: str, kind: str = "small") -> str:
     """A line for the reader below the conversation; `kind` "error" makes it red."""
     role = "alert" if kind == "error" else "status"
     return f'<span class="cg-{kind}" role="{role}">{html.escape(text)}</span>'
+
+
+def meter(session: ChatSession, language: str = "zh") -> str:
+    """How full the context is, as a bar and in words, and how fast the last reply was."""
+    used, limit = session.context_used()
+    return f'<progress value="{used}" max="{limit}"></progress> {notice(meter_text(session, language))}'
 
 
 def download_link(name: str, content: bytes) -> str:

@@ -1,7 +1,7 @@
 """One person's conversations: one with each character, and those opened from files. Showing another loses none."""
 
-from ..characters import CharacterCard, load_characters
-from ..chat import ChatSession
+from ..characters.personas import CharacterCard, load_characters
+from ..chat.session import ChatSession
 from ..errors import CharacterError
 from .files import open_file
 
@@ -29,8 +29,7 @@ class Conversations:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
         self.characters = load_characters() if characters is None else characters
         self.sessions: dict[str, ChatSession] = {}  # those that were shown so far
-        self.name = name or next(iter(self.characters), "")
-        self.show(self.name)
+        self.show(name or next(iter(self.characters), ""))
 
     @property
     def session(self) -> ChatSession:
@@ -42,7 +41,7 @@ class Conversations:
         """All that can be shown: the characters, then what was opened."""
         return list(dict.fromkeys([*self.characters, *self.sessions]))
 
-    def show(self, name: str) -> ChatSession:
+    def show(self, name: str) -> None:
         """Go to a conversation; `CharacterError` with the known names if there is none of this name."""
         if name not in self.names:
             raise CharacterError(f"没有叫 {name!r} 的角色 [unknown character]，可选：{'、'.join(self.names)}")
@@ -50,7 +49,6 @@ class Conversations:
             card = self.characters[name]
             self.sessions[name] = ChatSession(self.model, self.tokenizer, card, **self.generation)
         self.name = name
-        return self.session
 
     def open(self, content: bytes) -> str:
         """Open an exported conversation or a card (JSON or PNG) beside the others, go to it, and return its name."""
@@ -59,7 +57,7 @@ class Conversations:
         while name in self.names:
             name, number = f"{session.session_meta.bot_name} ({number})", number + 1
         self.sessions[name] = session
-        self.show(name)
+        self.name = name
         return name
 
 

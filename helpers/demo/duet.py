@@ -5,12 +5,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..characters import CharacterCard, SessionMeta, as_session_meta
-from ..chat import ChatSession
+from ..characters.personas import CharacterCard, SessionMeta, as_session_meta
+from ..chat.session import ChatSession
 from ..errors import ChatError
 
 GOODBYE = re.compile(r"再见|再会|拜拜|告辞|后会有期|晚安|goodbye|bye-bye", re.IGNORECASE)
-SAME = 0.8  # share of equal characters from which two lines count as the same
+SAME = 0.8  # share of equal characters from which two lines count as one: two models easily end in a circle
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def converse(
 ) -> Duet:
     """Let `first` bring up `topic` and the two talk about it.
 
-    They stop after `turns` replies, after a goodbye, or before a reply that is empty or nearly repeats an earlier line:
-    two models that answer each other easily end in a circle, and do not find out of it.
+    They stop after `turns` replies, after a goodbye, or before a reply that is empty or nearly repeats an earlier line.
 
     Args:
         topic: completes 我们来聊聊…吧, the first line.
@@ -84,26 +83,17 @@ def _check(first: SessionMeta, second: SessionMeta, topic: str, turns: int) -> N
 
 def _facing(speaker: SessionMeta, other: SessionMeta, greeting: str = "") -> CharacterCard:
     """The persona of `speaker` when the other one is the user."""
-    return CharacterCard(
-        bot_name=speaker.bot_name,
-        bot_info=speaker.bot_info,
-        user_name=other.bot_name,
-        user_info=other.bot_info,
-        greeting=greeting,
-    )
+    as_user = {"user_name": other.bot_name, "user_info": other.bot_info}
+    return CharacterCard(bot_name=speaker.bot_name, bot_info=speaker.bot_info, greeting=greeting, **as_user)
 
 
 def _reason_to_drop(reply: str, lines: list[tuple[str, str]]) -> str:
-    words = _words(reply)
-    if not words:
+    def words(text: str) -> str:
+        return re.sub(r"[（(].*?[）)]|[\W_]+", "", text)  # without punctuation, spaces and (stage directions)
+
+    said = words(reply)
+    if not said:
         return "empty"
-    return "repeated" if any(_similarity(words, _words(text)) >= SAME for _, text in lines) else ""
-
-
-def _words(text: str) -> str:
-    """`text` without punctuation, spaces and (stage directions)."""
-    return re.sub(r"[（(].*?[）)]|[\W_]+", "", text)
-
-
-def _similarity(first: str, second: str) -> float:
-    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()
+    if any(difflib.SequenceMatcher(None, said, words(text), autojunk=False).ratio() >= SAME for _, text in lines):
+        return "repeated"
+    return ""

@@ -3,15 +3,9 @@
 import json
 import re
 
-from ..characters import (
-    PNG_SIGNATURE,
-    CharacterCard,
-    export_card_png,
-    export_card_v2,
-    import_card_v2,
-    parse_json_object,
-)
-from ..chat import ChatSession
+from ..characters.cards import PNG_SIGNATURE, export_card_png, export_card_v2, import_card_v2
+from ..characters.personas import CharacterCard, parse_json_object
+from ..chat.session import ChatSession
 from ..errors import ChatError
 
 # Ending of the file name -> what is in the file; the longest ending that fits decides.

@@ -2,18 +2,17 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import ipywidgets as widgets
-
-from ..characters import CharacterCard
-from ..chat import ChatSession, context_length
+from ..characters.personas import CharacterCard
+from ..chat.fitting import context_length
+from ..chat.reply import Reply
+from ..chat.session import ChatSession
 from ..errors import BusyError
-from .bubbles import STYLE, bubbles
-from .controls import DOUBLE_CLICK_SECONDS
+from .bubbles import STYLE, bubbles, meter
 from .conversations import Conversations, change_persona
 from .files import exported_files
-from .status import BUSY, error_text
+from .texts import DOUBLE_CLICK_SECONDS, error_text
 from .view import PanelView
 
 REFRESH_SECONDS = 0.1  # a growing reply is drawn this often; each time costs a message to the browser
@@ -24,8 +23,8 @@ class ChatPanel:
     """A chat with every character, shown by the last line of a cell or by `display`.
 
     Each character has a conversation of its own, so changing the character, and opening a file, loses none. Replies are
-    written in a thread: the cell is done at once, and the kernel stays free. The panel lives in the kernel, not in the
-    page: show it again after a reload, or twice side by side.
+    written in the background: the cell is done at once, and the kernel stays free. The panel lives in the kernel, not
+    in the page: show it again after a reload, or twice side by side.
 
     The methods do what the buttons do, but raise where a button shows the error in the panel. With `block=True` a reply
     is written before the method returns; until then the kernel hears no button.
@@ -49,9 +48,9 @@ class ChatPanel:
     ):
         self.conversations = Conversations(model, tokenizer, characters, character, **generation)
         self.view = PanelView(self.conversations.names, self.conversations.name, context_length(model))
-        self._writing, self._thread = threading.Lock(), None
+        self._drawing: threading.Thread | None = None
+        self._showing = False  # whether sliders move because a conversation is being shown
         self._connect()
-        self.view.set_busy(False)
         self._show_conversation()
 
     @property
@@ -64,13 +63,13 @@ class ChatPanel:
         query = self.view.input.value if text is None else text
         if text is None and not query.strip():
             return  # the second click of two
-        self._write(self.session.stream(query), self.session.history, query, block)
+        reply = self.session.begin(query)
+        self.view.input.value = ""
+        self._follow(reply, block, query)
 
     def regenerate(self, block: bool = False) -> None:
         """Write another reply to the last message; the old ones can be shown again with `swipe`."""
-        history = self.session.history
-        query = history[-1][0] if history else ""
-        self._write(self.session.stream_again(), history[:-1], query, block)
+        self._follow(self.session.begin_again(), block)
 
     def stop(self) -> None:
         """End the reply being written; what there is of it is kept."""
@@ -90,7 +89,7 @@ class ChatPanel:
     def edit(self, query: str | None = None, response: str | None = None) -> None:
         """Change either side of the last exchange."""
         self.session.edit(query, response)
-        self.view.editor.close()
+        self.view.close_editor()
         self.refresh()
 
     def clear(self) -> None:
@@ -101,21 +100,21 @@ class ChatPanel:
     def set_persona(self, card: CharacterCard) -> None:
         """Go on under another persona. Before the first message its greeting is shown, too."""
         change_persona(self.session, card)
-        self.view.show_settings(self.session)
+        self._show_settings()
         self.refresh()
 
     def open(self, content: bytes) -> None:
         """Open an exported conversation or a card (JSON or PNG) beside the others, and show it."""
-        self._refuse_while_writing()
+        self._check_idle()
         name = self.conversations.open(content)
         self.view.picker.options = self.conversations.names  # may pick the first
         self.view.picker.value = name
         self._show_conversation()
 
     def wait(self) -> None:
-        """Return when the reply being written has ended."""
-        if self._thread is not None:
-            self._thread.join()
+        """Return when the reply being written has ended and is drawn."""
+        if self._drawing is not None:
+            self._drawing.join()
 
     def refresh(self) -> None:
         """Draw the session as it is now; needed only after the session itself was used."""
@@ -130,26 +129,46 @@ class ChatPanel:
             "text/html": f"{STYLE}<div>{static}</div>",
         }
 
+    def _follow(self, reply: Reply, block: bool, query: str = "") -> None:
+        """Draw a reply while it grows, in a thread of its own or, if `block`, in this one."""
+
+        def draw() -> None:
+            while not reply.wait(REFRESH_SECONDS):
+                self.view.draw(self.session)
+            self.refresh()  # what the session made of it: the whole reply, or nothing after an error
+            if reply.error is not None:
+                self.view.input.value = self.view.input.value or query
+                raise reply.error
+
+        self.view.draw(self.session)
+        if block:
+            draw()
+        else:
+            self._drawing = threading.Thread(target=self._attempt, args=[draw], daemon=True)
+            self._drawing.start()
+
     # --- from the widgets to the methods
 
     def _connect(self) -> None:
         view = self.view
         for name in ("send", "stop"):
-            self._on_click(view.buttons[name], getattr(self, name))
+            self._on_click(name, getattr(self, name))
         for name in ("regenerate", "undo", "clear"):
-            self._on_click(view.buttons[name], getattr(self, name), once=True)
-        self._on_click(view.previous, lambda: self.swipe(-1))
-        self._on_click(view.next, lambda: self.swipe(1))
-        self._on_click(view.buttons["edit"], self._open_editor)
-        self._on_click(view.editor.save, lambda: self.edit(**view.editor.changes()))
-        self._on_click(view.persona.apply, self._apply_persona)
-        self._on_click(view.buttons["export"], self._export)
+            self._on_click(name, getattr(self, name), once=True)
+        self._on_click("previous", lambda: self.swipe(-1))
+        self._on_click("next", lambda: self.swipe(1))
+        self._on_click("edit", self._open_editor)
+        self._on_click("save", self._save)
+        self._on_click("cancel", view.close_editor)
+        self._on_click("apply", self._apply_persona)
+        self._on_click("export", self._export)
         view.input.on_msg(self._entered)
         view.picker.observe(self._picked, "value")
         view.upload.observe(self._uploaded, "value")
-        view.parameters.on_change = self._parameter_moved
+        for slider in view.sliders.values():
+            slider.observe(self._parameter_moved, "value")
 
-    def _on_click(self, button: widgets.Button, action: Callable[[], None], once: bool = False) -> None:
+    def _on_click(self, name: str, action: Callable[[], None], once: bool = False) -> None:
         """Let a button do something; `once` ignores the second click of a double click, which would undo twice."""
         last_click = float("-inf")
 
@@ -159,7 +178,7 @@ class ChatPanel:
             if not once or last_click - before > DOUBLE_CLICK_SECONDS:
                 self._attempt(action)
 
-        button.on_click(act)
+        self.view.buttons[name].on_click(act)
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Do something for the reader; an exception in a widget's callback would vanish, so it is shown."""
@@ -176,7 +195,7 @@ class ChatPanel:
     def _picked(self, change) -> None:
         if change.new == self.conversations.name:
             return
-        if self._writing.locked():  # the browser had not yet heard that it must wait
+        if self.session.draft is not None:  # the browser had not yet heard that it must wait
             self.view.picker.value = change.old
             return
         self.conversations.show(change.new)
@@ -184,13 +203,19 @@ class ChatPanel:
 
     def _show_conversation(self) -> None:
         self.view.show_error("")
-        self.view.editor.close()
-        self.view.show_settings(self.session)
+        self.view.close_editor()
+        self._show_settings()
         self.refresh()
 
-    def _parameter_moved(self, name: str, value: float) -> None:
-        self.session.set_generation(**{name: value})
-        self.view.show_meter(self.session)
+    def _show_settings(self) -> None:
+        self._showing = True
+        self.view.show_settings(self.session)
+        self._showing = False
+
+    def _parameter_moved(self, change) -> None:
+        if not self._showing:
+            self.session.set_generation(**{change.owner.description: change.new})
+            self.view.meter.value = meter(self.session)
 
     def _uploaded(self, change) -> None:
         if change.new:
@@ -198,49 +223,21 @@ class ChatPanel:
             self.view.upload.value = ()  # so that the same file can be chosen again
 
     def _open_editor(self) -> None:
-        self._refuse_while_writing()
+        self._check_idle()
         if self.session.history:
-            self.view.editor.open(*self.session.history[-1])
+            self.view.open_editor(*self.session.history[-1])
+
+    def _save(self) -> None:
+        greeting = self.view.query.layout.display == "none"
+        self.edit(None if greeting else self.view.query.value, self.view.response.value)
 
     def _apply_persona(self) -> None:
-        source = getattr(self.session.session_meta, "source", "original")
-        self.set_persona(self.view.persona.card(source))
+        self.set_persona(self.view.card(getattr(self.session.session_meta, "source", "original")))
 
     def _export(self) -> None:
-        self._refuse_while_writing()
+        self._check_idle()
         self.view.show_links(exported_files(self.session))
 
-    # --- writing a reply
-
-    def _write(self, texts: Iterator[str], past: list, query: str, block: bool) -> None:
-        """Draw a reply while it grows, in a thread of its own or, if `block`, in this one."""
-        if not self._writing.acquire(blocking=False):
-            raise BusyError(BUSY)
-        self.view.input.value = ""
-        self.view.set_busy(True)
-        if block:
-            self._read(texts, past, query)
-            return
-        self._thread = threading.Thread(
-            target=self._attempt, args=(lambda: self._read(texts, past, query),), daemon=True
-        )
-        self._thread.start()
-
-    def _read(self, texts: Iterator[str], past: list, query: str) -> None:
-        drawn = float("-inf")
-        try:
-            for text in texts:
-                if time.monotonic() - drawn >= REFRESH_SECONDS:
-                    self.view.draw(self.session, [*past, [query, f"{text} ▌"]])
-                    drawn = time.monotonic()
-        except Exception:
-            self.view.input.value = self.view.input.value or query
-            raise
-        finally:
-            self.refresh()  # what the session made of it: the whole reply, or nothing after an error
-            self.view.set_busy(False)
-            self._writing.release()
-
-    def _refuse_while_writing(self) -> None:
-        if self._writing.locked():
-            raise BusyError(BUSY)
+    def _check_idle(self) -> None:
+        if self.session.draft is not None:
+            raise BusyError("正在生成回复 [busy]：请等它结束，或按“停止”")

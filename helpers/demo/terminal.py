@@ -12,14 +12,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ..characters import MAX_FILE_BYTES, as_session_meta, get_character
-from ..chat import ChatSession, ContextWarning
+from ..characters.personas import MAX_FILE_BYTES, as_session_meta, get_character
+from ..chat.fitting import ContextWarning
+from ..chat.generation import GenerationParameters
+from ..chat.session import ChatSession
 from ..errors import ChatError
-from ..generation import GenerationParameters
-from ..loading import load
+from ..model.loading import load
 from .conversations import Conversations, change_persona
 from .files import exported_file
-from .status import error_text, meter_text
+from .texts import error_text, meter_text
 
 HELP = """\
 /character [名字]        列出角色，或换一个角色；每个角色有自己的对话 [pick a character]
@@ -50,8 +51,7 @@ def start(model="auto", character="苏梦远", *, loading=None, file=None, once=
     """Load a model and chat: at a prompt if both ends are a terminal, else a reply for every line of the input.
 
     Args:
-        model: see `helpers.load`.
-        loading: further arguments for it: adapter, quantization, compile.
+        model, loading: see `helpers.load`, and its further arguments: adapter, quantization, compile.
         character: name of a shipped card.
         file: an exported conversation or a card to open instead.
         once: answer only this.
@@ -64,38 +64,47 @@ def start(model="auto", character="苏梦远", *, loading=None, file=None, once=
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused by the session, by name
     GenerationParameters.check(generation)  # before a model is loaded, which may take a minute
     get_character(character)
-    content = None if file is None else _read(Path(file))
+    content = None if file is None else _read(file)
     conversations = Conversations(*load(model, **loading or {}), name=character, **generation)
     if content is not None:
         conversations.open(content)
         conversations.session.set_generation(**generation)
     if once is not None:
-        print(plain(conversations.session.send(once)))
+        answer_lines(conversations.session, [once], skip_blank=False)
     elif sys.stdin.isatty() and sys.stdout.isatty():
         TerminalChat(conversations).run()
     else:
         answer_lines(conversations.session, sys.stdin)
 
 
-def answer_lines(session: ChatSession, lines: Iterable[str]) -> None:
-    """Print the reply to each line, one reply a line; blank lines are left out. Raises as `ChatSession.send`."""
+def answer_lines(session: ChatSession, lines: Iterable[str], skip_blank: bool = True) -> None:
+    """Print the reply to each line, one reply a line. Raises as `ChatSession.send`."""
     for line in lines:
-        if line.strip():
+        if line.strip() or not skip_blank:
             print(plain(session.send(line)), flush=True)
 
 
 class TerminalChat:
-    """A chat at the prompt.
-
-    The methods named after commands take what was typed after the command, and raise `HelpersError` if it makes no
-    sense; the conversation then stays as it was.
-    """
+    """A chat at the prompt. `HELP` lists what can be typed."""
 
     def __init__(self, conversations: Conversations, console: Console | None = None):
         self.conversations = conversations
         self.console = console or Console(highlight=False)
-        names = "character persona set regen next prev undo edit clear save load help"
-        self.commands = {f"/{name}": getattr(self, name) for name in names.split()}
+        # Each takes what was typed after it, and raises if that makes no sense: the conversation then stays as it was.
+        self.commands = {
+            "/character": self._character,
+            "/persona": self._persona,
+            "/set": self._set,
+            "/regen": lambda _: self._write(self.session.stream_again()),
+            "/next": lambda _: self._swipe(1),
+            "/prev": lambda _: self._swipe(-1),
+            "/undo": lambda _: self._print(f"撤回了 [undone]：{self.session.undo()}", style="dim"),
+            "/edit": self._edit,
+            "/clear": self._clear,
+            "/save": self._save,
+            "/load": self._load,
+            "/help": lambda _: [self._print(line) for line in HELP.splitlines()],
+        }
 
     @property
     def session(self) -> ChatSession:
@@ -140,15 +149,14 @@ class TerminalChat:
 
     # --- commands
 
-    def character(self, name: str) -> None:
-        """List the characters, or go to the conversation with one of them."""
-        if not name:
-            return self._print("、".join(self.conversations.names))
-        self.conversations.show(name)
-        return self._show_conversation()
+    def _character(self, name: str) -> None:
+        if name:
+            self.conversations.show(name)
+            self._show_conversation()
+        else:
+            self._print("、".join(self.conversations.names))
 
-    def persona(self, change: str) -> None:
-        """Show the persona, or change one of its fields; before the first message a new greeting is said, too."""
+    def _persona(self, change: str) -> None:
         fields = self.session.session_meta.model_dump()
         name, _, text = change.partition(" ")
         if name and name not in fields:
@@ -159,49 +167,32 @@ class TerminalChat:
         for field, value in fields.items():
             self._print(f"{field}：{value}")
 
-    def set(self, change: str) -> None:
-        """Show the generation parameters, or change one; the value is written as in JSON."""
+    def _set(self, change: str) -> None:
         name, _, text = change.partition(" ")
         if name:
-            self.session.set_generation(**{name: _json_value(text)})
-        values = self.session.parameters.model_dump()
-        self._print("  ".join(f"{name}={value}" for name, value in values.items() if value is not None))
+            value = text
+            with suppress(ValueError):  # no parameter is a text: it is refused with the name of the parameter
+                value = json.loads(text)
+            self.session.set_generation(**{name: value})
+        values = self.session.parameters.model_dump(exclude_none=True)
+        self._print("  ".join(f"{name}={value}" for name, value in values.items()))
 
-    def regen(self, _="") -> None:
-        """Write another reply to the last message."""
-        self._write(self.session.stream_again())
-
-    def next(self, _="") -> None:
-        """Show the next of the replies to the last message."""
-        self._swipe(1)
-
-    def prev(self, _="") -> None:
-        """Show the previous of the replies to the last message."""
-        self._swipe(-1)
-
-    def undo(self, _="") -> None:
-        """Take the last exchange back."""
-        self._print(f"撤回了 [undone]：{self.session.undo()}", style="dim")
-
-    def edit(self, change: str) -> None:
-        """Change either side of the last exchange."""
+    def _edit(self, change: str) -> None:
         side, _, text = change.partition(" ")
         if side not in ("query", "reply"):
             raise ChatError("写法 [usage]：/edit query 内容，或 /edit reply 内容")
         self.session.edit(**{"query" if side == "query" else "response": text.strip()})
         self._show_exchange(self.session.history[-1])
 
-    def clear(self, _="") -> None:
-        """Begin the conversation anew."""
+    def _clear(self, _) -> None:
         self.session.clear()
         self._show_conversation()
 
-    def save(self, name: str) -> None:
-        """Write the conversation or the card into a file that does not exist yet."""
-        path = Path(_needs_file(name)).expanduser()
+    def _save(self, name: str) -> None:
+        path = _path(name)
         content = exported_file(self.session, path.name)
         try:
-            with path.open("xb") as file:
+            with path.open("xb") as file:  # x: never over a file that is there
                 file.write(content)
         except FileExistsError:
             raise ChatError(f"已经有这个文件 [file exists]：{path}。换个名字，原文件没有动") from None
@@ -209,15 +200,9 @@ class TerminalChat:
             raise ChatError(f"写不了这个文件 [cannot write file]：{path}（{error.strerror}）") from None
         self._print(f"已保存 [saved]：{path}", style="dim")
 
-    def load(self, name: str) -> None:
-        """Open an exported conversation or a card beside the conversations there are."""
-        self.conversations.open(_read(Path(_needs_file(name)).expanduser()))
+    def _load(self, name: str) -> None:
+        self.conversations.open(_read(name))
         self._show_conversation()
-
-    def help(self, _="") -> None:
-        """List the commands."""
-        for line in HELP.splitlines():
-            self._print(line)
 
     # --- what is on the screen
 
@@ -239,9 +224,8 @@ class TerminalChat:
         self._print(f"{self.session.alternative + 1}/{len(self.session.alternatives)}", style="dim")
 
     def _show_conversation(self) -> None:
-        self._print(
-            f"和 {self.session.session_meta.bot_name} 的对话，/help 列出命令 [/help lists the commands]", style="dim"
-        )
+        name = self.session.session_meta.bot_name
+        self._print(f"和 {name} 的对话，/help 列出命令 [/help lists the commands]", style="dim")
         for entry in self.session.history:
             self._show_exchange(entry)
 
@@ -256,25 +240,19 @@ class TerminalChat:
         self.console.print(Text(plain(text), style), end=end, soft_wrap=True)
 
 
-def _read(path: Path) -> bytes:
+def _path(name: str) -> Path:
+    if not name:
+        raise ChatError("缺少文件名 [file name required]：如 /save 对话.json、/load 对话.json")
+    return Path(name).expanduser()
+
+
+def _read(name: str) -> bytes:
+    path = _path(name)
     try:
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)  # enough to be refused as too large
     except OSError as error:
         raise ChatError(f"读不了这个文件 [cannot read file]：{path}（{error.strerror}）") from None
-
-
-def _needs_file(name: str) -> str:
-    if not name:
-        raise ChatError("缺少文件名 [file name required]：如 /save 对话.json、/load 对话.json")
-    return name
-
-
-def _json_value(text: str):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text  # no parameter is a text: it is refused with the name of the parameter
 
 
 @contextmanager

@@ -2,10 +2,27 @@
 
 import ipywidgets as widgets
 
-from ..chat import ChatSession
-from .bubbles import STYLE, bubbles, download_link, notice
-from .forms import EditForm, ParameterSliders, PersonaForm, button, row
-from .status import meter_text
+from ..characters.personas import SessionMeta, as_session_meta
+from ..chat.session import ChatSession
+from .bubbles import STYLE, bubbles, download_link, meter, notice
+from .texts import PERSONA_FIELDS, SLIDERS, label
+
+FULL = {"style": {"description_width": "130px"}, "layout": widgets.Layout(width="98%")}
+# Key: (label, icon, tooltip, colour).
+BUTTONS = {
+    "send": (label("send"), "paper-plane", "发送 [send]", "primary"),
+    "stop": (label("stop"), "stop", "停下，已经写出的保留 [stop]", "warning"),
+    "regenerate": (label("regenerate"), "refresh", "换一种回复，原来的保留 [regenerate]", ""),
+    "previous": ("‹", "", "上一条回复 [previous]", ""),
+    "next": ("›", "", "下一条回复 [next]", ""),
+    "undo": (label("undo"), "undo", "撤回上一轮 [undo]", ""),
+    "edit": (label("edit"), "pencil", "改上一轮的任何一边 [edit]", ""),
+    "clear": (label("clear"), "trash", "重新开始这段对话 [clear]", ""),
+    "save": (label("save"), "check", "改成这样 [save]", "info"),
+    "cancel": (label("cancel"), "times", "不改 [cancel]", ""),
+    "apply": ("应用人设", "check", "换上这个人设，对话保留 [apply persona]", "info"),
+    "export": ("导出", "download", "JSON、Markdown、角色卡 [export]", ""),
+}
 
 
 class PanelView:
@@ -18,71 +35,76 @@ class PanelView:
     """
 
     def __init__(self, names: list[str], picked: str, context: int):
-        layout = widgets.Layout
+        self.context = context
         self.picker = widgets.Dropdown(
-            options=names, value=picked, description="角色", layout=layout(max_width="300px")
+            options=names, value=picked, description=label("character"), layout={"max_width": "300px"}
         )
         self.picker.style.description_width = "auto"
-        self.log = widgets.VBox(layout=layout(height="380px", overflow="hidden auto", padding="6px"))
+        self.log = widgets.VBox(layout={"height": "380px", "overflow": "hidden auto", "padding": "6px"})
         self.log.layout.flex_flow = "column-reverse"  # keeps the newest message in view
         self.log.add_class("cg-log")
         # Not continuous: then the browser sends what is typed, whole, before it reports a click.
-        self.input = widgets.Text(placeholder="说点什么…（Enter 发送）", continuous_update=False)
-        self.input.layout = layout(flex="1 1 200px", width="auto")
-        self.position = widgets.Label()
-        self.previous, self.next = button("‹", "", "上一条回复 [previous]"), button("›", "", "下一条回复 [next]")
+        self.input = widgets.Text(placeholder=label("message"), continuous_update=False)
+        self.input.layout = {"flex": "1 1 200px", "width": "auto"}
         self.buttons = {
-            "send": button("发送", "paper-plane", "发送 [send]", "primary"),
-            "stop": button("停止", "stop", "停下，已经写出的保留 [stop]", "warning"),
-            "regenerate": button("重说", "refresh", "换一种回复，原来的保留 [regenerate]"),
-            "undo": button("撤回", "undo", "撤回上一轮 [undo]"),
-            "edit": button("编辑", "pencil", "改上一轮的任何一边 [edit]"),
-            "clear": button("清空", "trash", "重新开始这段对话 [clear]"),
-            "export": button("导出", "download", "JSON、Markdown、角色卡 [export]"),
+            key: widgets.Button(description=text, icon=icon, tooltip=tip, button_style=style, layout={"width": "auto"})
+            for key, (text, icon, tip, style) in BUTTONS.items()
         }
         self.upload = widgets.FileUpload(accept=".json,.png", description="导入", tooltip="对话或角色卡 [import]")
-        self.status, self.meter, self.links = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.persona, self.parameters, self.editor = PersonaForm(), ParameterSliders(context), EditForm()
-        self.swipes = widgets.HBox([self.previous, self.position, self.next])
+        self.position, self.links = widgets.Label(), widgets.HTML()
+        self.status, self.meter = widgets.HTML(), widgets.HTML()
+        self.persona = {
+            name: widgets.Text(description=label(name), **FULL)
+            if name.endswith("name")
+            else widgets.Textarea(description=label(name), rows=3, **FULL)
+            for name in PERSONA_FIELDS
+        }
+        self.sliders = {
+            name: widgets.FloatSlider(min=low, max=high, step=step, description=name, readout_format=".2f", **FULL)
+            for name, (low, high, step) in SLIDERS.items()
+        }
+        self.sliders["max_length"] = widgets.IntSlider(
+            min=64, max=context, step=64, value=context, description="max_length", **FULL
+        )
+        self.query = widgets.Textarea(description=label("query"), rows=2, layout=FULL["layout"])
+        self.response = widgets.Textarea(description=label("response"), rows=3, layout=FULL["layout"])
         self.widget = self._arranged()
         self.show_error("")
 
     def _arranged(self) -> widgets.VBox:
-        buttons = self.buttons
         self.links.add_class("cg-links")
-        files = widgets.VBox([row(buttons["export"], self.upload), self.links])
-        more = widgets.Accordion([self.persona.widget, self.parameters.widget, files])
-        more.titles = ("人设 persona", "参数 parameters", "导入与导出 files")
-        return widgets.VBox(
+        self.swipes = widgets.HBox([self.buttons["previous"], self.position, self.buttons["next"]])
+        self.editor = widgets.VBox([self.query, self.response, self._row("save", "cancel")])
+        more = widgets.Accordion(
             [
-                widgets.HTML(STYLE),
-                self.picker,
-                self.log,
-                row(self.input, buttons["send"], buttons["stop"]),
-                row(buttons["regenerate"], self.swipes, buttons["undo"], buttons["edit"], buttons["clear"]),
-                self.editor.widget,
-                self.status,
-                self.meter,
-                more,
+                widgets.VBox([*self.persona.values(), self._row("apply")]),
+                widgets.VBox([*self.sliders.values()]),
+                widgets.VBox([self._row("export", self.upload), self.links]),
             ]
         )
+        more.titles = ("人设 persona", "参数 parameters", "导入与导出 files")
+        talk = [self._row(self.input, "send", "stop"), self._row("regenerate", self.swipes, "undo", "edit", "clear")]
+        below = [self.editor, self.status, self.meter, more]
+        return widgets.VBox([widgets.HTML(STYLE), self.picker, self.log, *talk, *below])
+
+    def _row(self, *parts) -> widgets.HBox:
+        """Widgets and buttons side by side, which go on in the next line where the window is narrow."""
+        children = [self.buttons[part] if isinstance(part, str) else part for part in parts]
+        return widgets.HBox(children, layout={"flex_flow": "row wrap", "align_items": "center", "width": "100%"})
 
     def show(self, session: ChatSession) -> None:
         """Draw the conversation, which of its alternatives is shown, and how much of the context it takes."""
-        self.draw(session, session.history)
+        self.draw(session)
         self.position.value = f"{session.alternative + 1}/{len(session.alternatives)}"
         self.swipes.layout.display = "" if len(session.alternatives) > 1 else "none"
-        self.show_meter(session)
+        self.meter.value = meter(session)
         self.links.value = ""  # they were of the conversation as it was
 
-    def show_meter(self, session: ChatSession) -> None:
-        """Show how much of the context is taken, and how fast the last reply was."""
-        used, limit = session.context_used()
-        self.meter.value = f'<progress value="{used}" max="{limit}"></progress> {notice(meter_text(session))}'
-
-    def draw(self, session: ChatSession, history: list[list[str]]) -> None:
+    def draw(self, session: ChatSession) -> None:
         """One widget a message: only those that change travel to the browser. The log lists them from the bottom up."""
-        wanted = bubbles(session.session_meta, history)
+        draft = session.draft
+        past, query, text = draft or ([], "", "")
+        wanted = bubbles(session.session_meta, [*past, [query, f"{text} ▌"]] if draft else session.history)
         present = list(self.log.children)[::-1]
         kept = present[: len(wanted)] + [widgets.HTML() for _ in wanted[len(present) :]]
         for message, value in zip(kept, wanted):
@@ -91,11 +113,27 @@ class PanelView:
             self.log.children = kept[::-1]
         for message in present[len(wanted) :]:
             message.close()
+        self._set_busy(draft is not None)
+
+    def _set_busy(self, busy: bool) -> None:
+        """While a reply is written it can only be stopped; text and parameters may be changed for the next one."""
+        for key, button in self.buttons.items():
+            button.disabled = busy != (key == "stop") and key != "cancel"
+        self.picker.disabled = self.upload.disabled = busy
 
     def show_settings(self, session: ChatSession) -> None:
-        """Fill the persona form and move the sliders; what the reader was changing there is gone."""
-        self.persona.show(session.session_meta)
-        self.parameters.show(session.parameters)
+        """Fill the persona form and move the sliders, even beyond their usual range."""
+        for name, field in self.persona.items():
+            field.value = getattr(session.session_meta, name, "")
+        parameters = session.parameters
+        for name, slider in self.sliders.items():
+            value = getattr(parameters, name) or self.context
+            slider.min, slider.max = min(slider.min, value), max(slider.max, value)
+            slider.value = value
+
+    def card(self, source: str) -> SessionMeta:
+        """What the persona form holds; `CharacterError` names the field at fault."""
+        return as_session_meta({name: field.value for name, field in self.persona.items()} | {"source": source})
 
     def show_links(self, files: dict[str, bytes]) -> None:
         """Offer files for download."""
@@ -106,9 +144,12 @@ class PanelView:
         self.status.value = notice(text, "error")
         self.status.layout.display = "" if text else "none"
 
-    def set_busy(self, busy: bool) -> None:
-        """While a reply is written it can only be stopped; text and parameters may be changed for the next one."""
-        for name, each in self.buttons.items():
-            each.disabled = busy != (name == "stop")
-        for each in (self.picker, self.upload, self.persona.apply, self.editor.save, self.previous, self.next):
-            each.disabled = busy
+    def open_editor(self, query: str, response: str) -> None:
+        """Show both sides of an exchange, to be changed; a greeting has no query to change."""
+        self.query.value, self.response.value = query, response
+        self.query.layout.display = "" if query else "none"
+        self.editor.layout.display = ""
+
+    def close_editor(self) -> None:
+        """Hide the form again."""
+        self.editor.layout.display = "none"

@@ -6,41 +6,11 @@ sanitiser lets through still makes the browser fetch pictures.
 
 import gradio as gr
 
-from ..chat import ChatSession
-from ..generation import GenerationParameters
-from .bubbles import STYLE, bubbles, download_link, notice
-from .controls import SLIDERS
-from .status import meter_text
-from .visitors import Writer
+from ..chat.generation import GenerationParameters
+from ..chat.session import ChatSession
+from .bubbles import STYLE, bubbles, download_link, meter, notice
+from .texts import PERSONA_FIELDS, SLIDERS, label
 
-# Chinese and English; the rest of the page is the same.
-TEXTS = {
-    "title": ("CharacterGLM 角色扮演", "Role play with CharacterGLM"),
-    "character": ("角色", "Character"),
-    "message": ("说点什么…（Enter 发送）", "Say something… (Enter sends)"),
-    "send": ("发送", "Send"),
-    "stop": ("停止", "Stop"),
-    "regenerate": ("重说", "Regenerate"),
-    "undo": ("撤回", "Undo"),
-    "edit": ("编辑", "Edit"),
-    "clear": ("清空", "Clear"),
-    "save": ("保存", "Save"),
-    "cancel": ("取消", "Cancel"),
-    "query": ("你的话", "Your message"),
-    "response": ("回复", "Reply"),
-    "persona": ("人设", "Persona"),
-    "bot_name": ("角色名 bot_name", "Character's name (bot_name)"),
-    "bot_info": ("人设 bot_info", "Persona (bot_info)"),
-    "user_name": ("你的名字 user_name", "Your name (user_name)"),
-    "user_info": ("你的身份 user_info", "Who you are (user_info)"),
-    "greeting": ("开场白 greeting", "First line (greeting)"),
-    "apply": ("应用人设（对话保留）", "Apply (keeps the conversation)"),
-    "parameters": ("参数", "Parameters"),
-    "files": ("导入与导出", "Import and export"),
-    "export": ("导出对话和角色卡", "Export conversation and card"),
-    "import": ("导入对话或角色卡", "Open a conversation or a card"),
-}
-PERSONA_FIELDS = ("bot_name", "bot_info", "user_name", "user_info", "greeting")
 REFRESH_SECONDS = 1.0  # how soon a tab sees what was said in another one
 
 # Only fonts of the reader's own machine: Gradio's default theme brings files, other themes ask Google.
@@ -90,7 +60,7 @@ class WebView:
 
     def text(self, key: str) -> str:
         """A text of the page in its language."""
-        return TEXTS[key][self.language == "en"]
+        return label(key, self.language)
 
     def _chat(self, names: list[str]) -> None:
         self.picker = gr.Dropdown(
@@ -142,27 +112,27 @@ class WebView:
 
     # --- what changes: component -> its new value or properties
 
-    def conversation(self, writer: Writer) -> dict:
+    def conversation(self, session: ChatSession) -> dict:
         """The conversation, what can be done with it now, and its meter."""
-        session, draft = writer.session, writer.draft
-        several, idle = len(session.alternatives) > 1, draft is None
+        draft, several = session.draft, len(session.alternatives) > 1
+        idle = draft is None
         while_idle = (self.send, self.regenerate, self.undo, self.edit, self.clear, self.apply, self.save, self.upload)
         return {
-            self.log: "".join(bubbles(session.session_meta, session.history if idle else writer.past)),
-            **self.growing(writer),
+            self.log: "".join(bubbles(session.session_meta, session.history if draft is None else draft[0])),
+            self.draft: self._bubbles_of(session, draft),
             **{button: gr.update(interactive=idle) for button in while_idle},
             self.stop: gr.update(interactive=not idle),
             **{button: gr.update(visible=several, interactive=idle) for button in (self.previous, self.next)},
             self.position: gr.update(value=f"{session.alternative + 1}/{len(session.alternatives)}", visible=several),
-            self.meter: self._meter(session),
+            self.meter: meter(session, self.language),
         }
 
-    def growing(self, writer: Writer) -> dict:
+    def growing(self, session: ChatSession) -> dict:
         """Only the exchange being written: all that changes from token to token."""
-        if writer.draft is None:
-            return {self.draft: ""}
-        query, text = writer.draft
-        return {self.draft: "".join(bubbles(writer.session.session_meta, [[query, f"{text} ▌"]]))}
+        return {self.draft: self._bubbles_of(session, session.draft)}
+
+    def _bubbles_of(self, session: ChatSession, draft: tuple | None) -> str:
+        return "".join(bubbles(session.session_meta, [[draft[1], f"{draft[2]} ▌"]])) if draft else ""
 
     def settings(self, name: str, names: list[str], session: ChatSession) -> dict:
         """The conversation's name, its persona and its parameters."""
@@ -180,11 +150,6 @@ class WebView:
         value = self.context if value is None else value
         low, high, _ = SLIDERS.get(name, (64, self.context, 64))
         return gr.update(value=value, minimum=min(low, value), maximum=max(high, value))
-
-    def _meter(self, session: ChatSession) -> str:
-        used, limit = session.context_used()
-        text = notice(meter_text(session, self.language))
-        return f'<progress value="{used}" max="{limit}"></progress> {text}'
 
     def error(self, text: str) -> dict:
         """A problem below the conversation; an empty text takes it away."""

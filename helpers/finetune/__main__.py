@@ -2,7 +2,7 @@
 
 import sys
 
-from helpers.__main__ import main
+from ..cli.app import main
 
 sys.argv.insert(1, "finetune")
 main()

@@ -1,85 +1,63 @@
 """The folder of a training run: may it be used, is there room, and from which checkpoint does training go on?"""
 
+import itertools
 import json
-import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from ..checkpoint import read_json, verify_weight_file
-from ..download import free_bytes
-from ..errors import CheckpointError, FinetuneError
-from ..loading import ADAPTER_RECORD, adapter_file
-from ..receipt import write_json
+from transformers.trainer_utils import get_last_checkpoint
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-RUN_FILES = (ADAPTER_RECORD, "adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin")
+from ..errors import CheckpointError, FinetuneError
+from ..model.adapters import ADAPTER_CARD, ADAPTER_RECORD, adapter_file
+from ..model.checkpoint import check_weight_file, read_json
+from ..paths import free_bytes, write_json
+
+RUN_FILES = (ADAPTER_RECORD, ADAPTER_CARD, "adapter_config.json", "adapter_model.safetensors", "training_args.bin")
+NEW_RUN = "new-run"  # where a run trains that is to replace the one in the folder
 SPARE_BYTES = 1_000_000  # logs, random states, JSON files
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, complete or not."""
-    found = [path for path in directory.iterdir() if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(CHECKPOINT.fullmatch(path.name)[1]))
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: every file is there and none was cut short."""
-    try:
-        adapter_file(checkpoint)
-        random_states = list(checkpoint.glob("rng_state*.pth"))
-        for file in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states):
-            verify_weight_file(file)
-        read_json(checkpoint / "trainer_state.json")  # the Trainer writes it last
-    except CheckpointError:
-        return False
-    return bool(random_states)
-
-
 def last_complete_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint. Newer ones, which a killed process left half-written, are deleted."""
-    for checkpoint in reversed(checkpoints(directory)):
-        if is_complete(checkpoint):
+    """The newest complete checkpoint. Newer ones, which a killed process left half-written, are renamed."""
+    while found := get_last_checkpoint(str(directory)):
+        checkpoint = Path(found)
+        if not (missing := what_is_missing(checkpoint)):
             return checkpoint
-        print(f"跳过没有写完的 checkpoint [incomplete checkpoint skipped]：{checkpoint.name}", flush=True)
-        shutil.rmtree(checkpoint)
+        aside = (directory / f"incomplete-{checkpoint.name}-{number}" for number in itertools.count(1))
+        kept = checkpoint.rename(next(path for path in aside if not path.exists()))
+        print(
+            f"跳过没有写完的 checkpoint [incomplete checkpoint skipped]：{checkpoint.name}，{missing}。"
+            f"没有删除，改名为 {kept.name}",
+            flush=True,
+        )
     return None
 
 
-def open_run(directory: Path, settings: dict, needed_bytes: int, overwrite: bool) -> None:
-    """Make sure that a run with these settings can use the folder, before anything is trained.
+def what_is_missing(checkpoint: Path) -> str:
+    """Why training cannot go on from a checkpoint; "" if it was written to its end."""
+    try:
+        adapter_file(checkpoint)
+        read_json(checkpoint / "trainer_state.json")  # the Trainer writes it last
+    except CheckpointError as error:
+        return str(error).partition("：")[0]
+    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    for file in states if len(states) > 2 else [*states, checkpoint / "rng_state.pth"]:
+        try:
+            check_weight_file(file)
+        except CheckpointError:
+            return f"{file.name} 缺失或不完整（save_only_model 不保存它）"
+    return ""
 
-    An interrupted run with the same settings is left for `last_complete_checkpoint`. A finished run, or one with other
-    settings, is refused, or deleted if `overwrite`.
 
-    Raises:
-        FinetuneError: the folder cannot be written, its disk is too full, or it is taken.
+def check_folder(directory: Path, overwrite: bool) -> None:
+    """Raise `FinetuneError` if no run can begin in a folder: it is a model's, cannot be written, or a run finished there.
+
+    Args:
+        overwrite: a finished run may be replaced.
     """
-    require_writable(directory)
-    require_space(directory, needed_bytes)
-    settings = json.loads(json.dumps(settings))  # as they will be read back
-    record = read_json(directory / ADAPTER_RECORD) if (directory / ADAPTER_RECORD).is_file() else {}
-    taken = record.get("finished", False) or (bool(checkpoints(directory)) and record.get("settings") != settings)
-    if taken and not overwrite:
-        what = "一次完成了的训练" if record.get("finished") else "另一组设置的训练"
-        raise FinetuneError(
-            f"输出目录里已有{what} [output directory in use]：{directory}。请换一个目录，或用 overwrite 删掉它重新开始"
-        )
-    if taken:
-        delete_run(directory)
-    write_json(directory / ADAPTER_RECORD, {"settings": settings, "base": settings["base"], "finished": False})
-
-
-def delete_run(directory: Path) -> None:
-    """Delete the adapter, the record and the checkpoints of a run; other files stay."""
-    for checkpoint in checkpoints(directory):
-        shutil.rmtree(checkpoint)
-    for name in RUN_FILES:
-        (directory / name).unlink(missing_ok=True)
-
-
-def require_writable(directory: Path) -> None:
-    """Make the folder and write a file in it; `FinetuneError` if that fails."""
+    if (directory / "config.json").exists():
+        raise FinetuneError(f"输出目录是一个模型目录 [output directory is a model]：{directory}。请换一个 output_dir")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory) as file:
@@ -88,16 +66,62 @@ def require_writable(directory: Path) -> None:
         raise FinetuneError(
             f"输出目录不可写 [output directory not writable]：{directory}（{error.strerror}）。请换一个 output_dir"
         ) from None
+    if not overwrite and _record(directory).get("finished"):
+        raise _in_use(directory, "一次完成了的训练")
 
 
-def require_space(directory: Path, needed_bytes: int) -> None:
-    """`FinetuneError` if the disk of the folder has less room than the run will take."""
-    free = free_bytes(directory)
-    if free < needed_bytes:
+def open_run(directory: Path, settings: dict, needed_bytes: int, overwrite: bool) -> Path:
+    """The folder for a run with these settings: `directory`, where an interrupted run with the same settings goes on.
+
+    If `overwrite`, and another run is there, it is a folder within, until `close_run`: what is there stays usable until
+    the new run is complete.
+
+    Raises:
+        FinetuneError: the folder cannot be used (see `check_folder`), is taken by another run, or its disk is too full.
+    """
+    check_folder(directory, overwrite)
+    if (free := free_bytes(directory)) < needed_bytes:
         raise FinetuneError(
             f"磁盘空间不足 [not enough disk space]：{directory} 所在磁盘剩 {free / 1e6:,.1f} MB，"
             f"checkpoint 约需 {needed_bytes / 1e6:,.1f} MB。请清理磁盘、换一个 output_dir，或减小 save_total_limit"
         )
+    settings = json.loads(json.dumps(settings))  # as they will be read back
+    run = directory
+    if _is_taken(directory, settings):
+        if not overwrite:
+            raise _in_use(directory, "另一组设置的训练")
+        run = directory / NEW_RUN
+        if _is_taken(run, settings):
+            shutil.rmtree(run)  # begun to replace the same run, with other settings, and never finished
+    write_json(run / ADAPTER_RECORD, {"settings": settings, "base": settings["base"], "finished": False})
+    return run
+
+
+def close_run(directory: Path, run: Path) -> None:
+    """Put a complete run in the place of the one that it replaces; files that are no run's stay."""
+    if run == directory:
+        return
+    while checkpoint := get_last_checkpoint(str(directory)):
+        shutil.rmtree(checkpoint)
+    for name in RUN_FILES:
+        (directory / name).unlink(missing_ok=True)
+    shutil.copytree(run, directory, dirs_exist_ok=True)
+    shutil.rmtree(run)
+
+
+def _record(directory: Path) -> dict:
+    return read_json(directory / ADAPTER_RECORD) if (directory / ADAPTER_RECORD).is_file() else {}
+
+
+def _is_taken(directory: Path, settings: dict) -> bool:
+    record, begun = _record(directory), directory.is_dir() and get_last_checkpoint(str(directory)) is not None
+    return record.get("finished", False) or (begun and record.get("settings") != settings)
+
+
+def _in_use(directory: Path, by: str) -> FinetuneError:
+    return FinetuneError(
+        f"输出目录里已有{by} [output directory in use]：{directory}。请换一个目录，或用 overwrite 重新开始"
+    )
 
 
 def bytes_needed(trainable_parameters: int, checkpoints_kept: int) -> int:

@@ -1,68 +1,53 @@
 """`python -m helpers finetune`: from a model's name and a data file to an adapter."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from transformers import set_seed
+import torch
+from transformers import AutoTokenizer, set_seed
 
 from ..errors import FinetuneError
-from ..loading import load
-from ..receipt import PROJECT_DIR
+from ..model.loading import load, quantization_config, resolve_model
+from ..paths import PROJECT_DIR, new_folder
+from .checkpoints import check_folder
 from .data import load_samples, read_card, replay_dialogues, split_samples
 from .encoding import describe_lengths, encode_samples
 from .evaluation import perplexity_before_and_after
-from .lora import add_lora, merge_adapter
-from .training import finetune, refuse_unknown_arguments
+from .lora import add_lora, lora_config, merge_adapter
+from .training import check_arguments, finetune, training_arguments
 
 DEFAULT_DATA = PROJECT_DIR / "data" / "lora" / "lu_zhishen.jsonl"
 DEFAULT_CARD = PROJECT_DIR / "data" / "lora" / "lu_zhishen_card.json"
 
 
 def run_finetune(
-    model,
-    data,
-    card,
-    output_dir,
-    lora: dict,
-    training: dict,
-    *,
-    replay: int = 0,
-    max_length: int = 512,
-    quantization: str | None = None,
-    on_bad_row: str = "skip",
-    overwrite: bool = False,
-    merge_to=None,
-) -> dict:
-    """Read, load, train, report; what can be wrong is checked before the model is loaded where possible.
+    model, data, card, output_dir, lora: dict, training: dict, *, replay=0, max_length=512, quantization=None,
+    on_bad_row="skip", overwrite=False, merge_to=None,
+) -> dict:  # fmt: skip
+    """Check, read, load, train, report. What can be wrong is found before the model is loaded.
 
     Args:
         data: a file for `load_samples`; None: the shipped set, with its card.
         card: see `read_card`; None: every row brings its own persona.
-        lora: arguments of `add_lora`.
-        training: fields of TrainingArguments.
+        lora, training: arguments of `add_lora`, and fields of TrainingArguments.
         replay: how many dialogues of the shipped characters to mix in.
-        merge_to: a directory for the merged model.
+        merge_to: a new or empty folder for the merged model.
 
     Returns:
         The result of `finetune`.
     """
-    if merge_to is not None and quantization is not None:
-        raise FinetuneError(
-            "量化的底模不能合并 [cannot merge into a quantised base]：去掉 --merge-to，训练后以半精度重新加载再合并"
-        )
-    refuse_unknown_arguments(training)
+    path = check_run(model, output_dir, lora, training, quantization, overwrite, merge_to)
     card = DEFAULT_CARD if data is None and card is None else card
-    samples, report = load_samples(
-        data or DEFAULT_DATA, None if card is None else read_card(card), on_bad_row=on_bad_row
+    card = None if card is None else read_card(card)
+    samples, report = load_samples(data or DEFAULT_DATA, card, on_bad_row=on_bad_row)
+    parts, tokenizer = split_samples(samples), AutoTokenizer.from_pretrained(path)
+    train_rows, eval_rows = (encode_samples(tokenizer, part, max_length, report, on_bad_row) for part in parts)
+    train_rows += encode_samples(tokenizer, replay_dialogues(replay), max_length) if replay else []
+    say(
+        f"{report}\n训练集 [training]：{describe_lengths(train_rows)}\n留出集 [held out]：{describe_lengths(eval_rows)}"
     )
-    loaded, tokenizer = load(model, device_map=training_device(), quantization=quantization)
-    train_rows, eval_rows = (
-        encode_samples(tokenizer, part, max_length, report, on_bad_row) for part in split_samples(samples)
-    )
-    if replay:
-        train_rows += encode_samples(tokenizer, replay_dialogues(replay), max_length)
-    say(report)
-    say(f"训练集 [training]：{describe_lengths(train_rows)}\n留出集 [held out]：{describe_lengths(eval_rows)}")
+    loaded, tokenizer = load(path, device_map=training_device(), quantization=quantization)
     set_seed(training.get("seed", 0))
     tuned = add_lora(loaded, **lora)
     trainable, total = tuned.get_nb_trainable_parameters()
@@ -77,10 +62,31 @@ def run_finetune(
     return result
 
 
+def check_run(model, output_dir, lora, training, quantization, overwrite, merge_to) -> Path:
+    """The directory of the model, if nothing that is known without data and weights stands in the way."""
+    if merge_to is not None and quantization is not None:
+        raise FinetuneError(
+            "量化的底模不能合并 [cannot merge into a quantised base]：去掉 --merge-to，训练后以半精度重新加载再合并"
+        )
+    lora_config(**lora)
+    check_arguments(training)  # before: it might name the output_dir a second time
+    training_arguments(None, output_dir, **training)
+    if quantization is not None:
+        quantization_config(quantization, torch.float32)
+    path = resolve_model(model)
+    check_folder(Path(output_dir).expanduser().absolute(), overwrite)
+    if merge_to is not None:
+        with suppress(_Probe), new_folder(Path(merge_to), {}, path):
+            raise _Probe  # it could be written; nothing of it stays
+    return path
+
+
+class _Probe(Exception):
+    pass
+
+
 def training_device():
     """The `device_map` to train on: one process uses one GPU, its own under `accelerate launch`."""
-    import torch
-
     return {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else "auto"
 
 

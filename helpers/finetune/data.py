@@ -1,38 +1,28 @@
-"""Training data: instruction rows and conversations from JSON or JSONL files, every bad row named by line and cause."""
+"""Training data: conversations in the shapes that people keep them in, every bad row named by line and cause."""
 
+import dataclasses
 import json
-import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
-from ..characters import (
+from ..characters.cards import import_card_v2
+from ..characters.dialogues import Dialogue, load_dialogues
+from ..characters.personas import (
+    SYSTEM_CHARACTER,
     SessionMeta,
     Unicode,
     as_session_meta,
     field_problems,
-    import_card_v2,
     load_characters,
     read_json_object,
 )
-from ..dialogues import Dialogue, load_dialogues
 from ..errors import CharacterError, DataError
+from .report import BadRow, DataReport
+from .rows import read_rows
 
-CAUSES = {
-    "invalid json": "不是有效的 JSON",
-    "broken encoding": "编码损坏",
-    "unknown format": "不认识的格式",
-    "missing field": "缺少字段",
-    "wrong type": "类型或取值不对",
-    "empty": "内容为空",
-    "no persona": "没有人设",
-    "duplicate": "重复",
-    "too long": "太长",
-}
 # What pydantic calls a problem -> our cause; anything else is a wrong type.
 CAUSE_OF_ERROR = {
     "missing": "missing field",
@@ -48,9 +38,8 @@ PROFILE_NAMES = {
     "user_name": ("user_name",),
     "user_info": ("user_info", "user_profile"),
 }
-BOT_SPEAKERS, USER_SPEAKERS = {"assistant", "bot", "character"}, {"user"}
-
-Line = Annotated[Unicode, StringConstraints(pattern=r"\S")]
+PERSONA_KEYS = {"id", "session_meta", "system", *(name for names in PROFILE_NAMES.values() for name in names)}
+BOT_SPEAKERS, USER_SPEAKERS = {"assistant", "bot", "character", "gpt"}, {"user", "human"}
 
 
 @dataclass(frozen=True)
@@ -64,88 +53,88 @@ class Sample(Dialogue):
     line: int
 
 
-class BadRow(Exception):
-    """One row cannot be used; `cause` is a key of `CAUSES`."""
-
-    def __init__(self, cause: str, detail: str):
-        super().__init__(detail)
-        self.cause, self.detail = cause, detail
+# --- 2. The shapes of a row: each becomes a list of (speaker, text)
 
 
-@dataclass
-class DataReport:
-    """How many rows a file has, and what is wrong with which. `print` it, or show it in a notebook."""
-
-    file: str
-    rows: int = 0
-    problems: list[tuple[int, str, str]] = field(default_factory=list)  # (line, cause, detail)
-
-    def add(self, line: int, bad: BadRow) -> None:
-        """Note a bad row."""
-        self.problems.append((line, bad.cause, bad.detail))
-
-    def count_by_cause(self) -> Counter:
-        """How many bad rows there are of each cause."""
-        return Counter(cause for _, cause, _ in self.problems)
-
-    def refuse(self, on_bad_row: str, kept: list) -> None:
-        """Raise `DataError` if nothing is left, or if there are bad rows and they are fatal."""
-        if not kept:
-            raise DataError(f"没有一行可用的数据 [no usable rows]：{self}")
-        if self.problems and on_bad_row == "raise":
-            raise DataError(f"数据里有不合格的行 [bad rows]：{self}")
-
-    def __str__(self) -> str:
-        lines = [f"{self.file}：{self.rows} 行，可用 {self.rows - len(self.problems)} 行"]
-        for cause, count in self.count_by_cause().most_common():
-            examples = [(line, detail) for line, other, detail in self.problems if other == cause]
-            where = "、".join(str(line) for line, _ in examples[:5]) + (" 等" if count > 5 else "")
-            lines.append(f"  {CAUSES[cause]} [{cause}] {count} 行：第 {where} 行。例如 {examples[0][1]:.100}")
-        return "\n".join(lines)
-
-    __repr__ = __str__
+def _join_parts(content: Any) -> Any:
+    """The text of a content in parts, as multimodal data keeps it; anything but text parts is left as it is."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text", "")) for part in content)
+    return content
 
 
-class _InstructionRow(BaseModel):
-    instruction: Line
+Line = Annotated[Unicode, StringConstraints(pattern=r"\S")]
+Pairs = list[tuple[Unicode, Line]]
+
+
+class _Single(BaseModel):
+    question: Unicode | None = Field(validation_alias=AliasChoices("instruction", "prompt", "content"))
     input: Unicode | None = ""
-    output: Line
-
-    def history(self) -> list[list[str]]:
-        return [["\n".join(text for text in (self.instruction, self.input) if text), self.output]]
+    reply: Line = Field(validation_alias=AliasChoices("output", "response", "summary"))
+    history: Pairs | None = None
 
 
-class _PairsRow(BaseModel):
-    history: list[tuple[Unicode, Line]] = Field(min_length=1)
+class _Turn(BaseModel):
+    speaker: Line = Field(validation_alias=AliasChoices("role", "from", "speaker"))
+    text: Annotated[Line, BeforeValidator(_join_parts)] = Field(
+        validation_alias=AliasChoices("content", "value", "utterance")
+    )
 
 
-class _Message(BaseModel):
-    role: Literal["user", "assistant"]
-    content: Line
+PAIRS = TypeAdapter(Annotated[Pairs, Field(min_length=1)])
+TURNS = TypeAdapter(Annotated[list[_Turn], Field(min_length=1)])
 
 
-class _MessagesRow(BaseModel):
-    messages: list[_Message] = Field(min_length=1)
+def _from_single(row: dict) -> list[tuple[str, str]]:
+    single = _Single.model_validate(row)
+    question = "\n".join(text for text in (single.question, single.input) if text and text.strip())
+    if not question:
+        raise BadRow("empty", "没有一句用户的话")
+    return _from_pairs([*(single.history or []), (question, single.reply)])
 
 
-class _Utterance(BaseModel):
-    speaker: Line
-    utterance: Line
+def _from_pairs(pairs: list) -> list[tuple[str, str]]:
+    pairs = PAIRS.validate_python(pairs)
+    if any(not query.strip() for query, _ in pairs[1:]):
+        raise BadRow("empty", "只有第一轮的 query 可以为空（角色先开口）")
+    said = [said for query, reply in pairs for said in (("user", query), ("assistant", reply))]
+    return said if pairs[0][0].strip() else said[1:]
 
 
-class _DialogueRow(BaseModel):
-    dialogue: list[_Utterance] = Field(min_length=1)
+def _from_turns(turns: list) -> list[tuple[str, str]]:
+    return [(turn.speaker, turn.text) for turn in TURNS.validate_python(turns)]
+
+
+LISTS = ("messages", "conversations", "dialogue", "history")
+SINGLES = {"instruction": "output", "prompt": "response", "content": "summary"}
+SINGLE_KEYS = {*SINGLES, *SINGLES.values(), "input", "history"}
+
+
+def _read_shape(row: dict) -> tuple[list[tuple[str, str]], set[str]]:
+    """What is said in a row, and the fields that say it."""
+    name = next((name for name in LISTS[:-1] if name in row), None)
+    if name is None and (SINGLE_KEYS - {"input", "history"}) & row.keys():
+        return _from_single(row), SINGLE_KEYS
+    name = "history" if name is None and "history" in row else name
+    if name is None:
+        shapes = [*("/".join(pair) for pair in SINGLES.items()), *LISTS]
+        raise BadRow("unknown format", f"字段是 {'、'.join(map(str, row))}；认识的有 {'、'.join(shapes)}")
+    turns = row[name]
+    pairs = name == "history" and not (isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns))
+    return (_from_pairs if pairs else _from_turns)(turns), {name}
+
+
+# --- 3. From rows to samples
 
 
 def load_samples(file, card=None, *, on_bad_row: Literal["skip", "raise"] = "skip") -> tuple[list[Sample], DataReport]:
-    """The conversations of a JSON array or a JSONL file, and a report on the rows that cannot be used.
+    """The conversations of a data file (see `data/lora/README.md` for the shapes), and a report on what was left out.
 
-    A row is one of: `instruction`, `input`, `output`; `history`, a list of [query, response] or of messages;
-    `messages` with `role` and `content`; CharacterDial's `dialogue` of `speaker` and `utterance`. It may carry its
-    persona (`session_meta`, or `bot_name`, `bot_profile`, ...); if it does not, the persona is `card`.
+    A row may carry its persona: `session_meta`, or `bot_name`, `bot_profile`, ...; or `system`, a description. If it
+    does not, the persona is `card`.
 
     Args:
-        card: a `SessionMeta` or a dict; needed for instruction data.
+        card: a `SessionMeta` or a dict; needed for rows without a persona.
         on_bad_row: "skip" leaves bad rows out, "raise" refuses the file.
 
     Raises:
@@ -155,11 +144,11 @@ def load_samples(file, card=None, *, on_bad_row: Literal["skip", "raise"] = "ski
         raise DataError(f"on_bad_row 应为 'skip' 或 'raise' [invalid on_bad_row]，收到 {on_bad_row!r}")
     card = None if card is None else as_session_meta(card)
     report, samples, seen = DataReport(Path(file).name), [], set()
-    for line, row in _read_rows(_read_text(Path(file))):
+    for line, row in read_rows(Path(file), report.notes):
         report.rows += 1
         try:
-            sample = _parse_row(row, line, card)
-            content = (sample.card.model_dump_json(), json.dumps(sample.history))
+            sample, unused = _parse_row(row, line, card)
+            content = _content(sample)
             if content in seen:
                 raise BadRow("duplicate", f"{sample.history[-1][1]:.40}")
         except BadRow as bad:
@@ -167,132 +156,50 @@ def load_samples(file, card=None, *, on_bad_row: Literal["skip", "raise"] = "ski
         else:
             seen.add(content)
             samples.append(sample)
-    report.refuse(on_bad_row, samples)
+            report.unused.update(unused)
+    described = sum(sample.card.bot_name == SYSTEM_CHARACTER for sample in samples)
+    if described and card is not None:
+        report.notes.append(f"{described} 行的人设取自 system，没有用 card [persona from system]")
+    report.check(on_bad_row, samples)
     return samples, report
 
 
-def read_card(name_or_file) -> SessionMeta:
-    """A persona by the name of a shipped character, or from a JSON file: the four fields, or a character card V2.
-
-    Raises:
-        CharacterError: no such character or file, or not a valid persona.
-    """
-    if str(name_or_file) in (shipped := load_characters()):
-        return shipped[str(name_or_file)]
-    content = read_json_object(Path(name_or_file))
-    return import_card_v2(content) if "spec" in content else as_session_meta(content)
-
-
-def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """(training, held-out): a fixed tenth is held out, chosen by a hash of each sample's id.
-
-    Raises:
-        DataError: one of the two would be empty.
-    """
-    held_out = [sample for sample in samples if sample.held_out]
-    training = [sample for sample in samples if not sample.held_out]
-    if not training or not held_out:
-        raise DataError(
-            f"数据太少，分不出训练集和留出集 [too few rows]：{len(training)} 条训练，{len(held_out)} 条留出。"
-            "请准备至少几十条"
-        )
-    return training, held_out
-
-
-def replay_dialogues(count: int) -> list[Dialogue]:
-    """`count` training dialogues of the shipped characters, evenly spread over them.
-
-    Mixed into the training data, they keep the model from forgetting the others while it learns a new character.
-    """
-    dialogues = [dialogue for dialogue in load_dialogues() if not dialogue.held_out]
-    return [dialogues[position * len(dialogues) // count] for position in range(min(count, len(dialogues)))]
-
-
-def _read_text(file: Path) -> str:
-    try:
-        # A byte that is not UTF-8 becomes U+FFFD, by which its row is recognised.
-        return file.read_bytes().decode("utf-8-sig", errors="replace")
-    except OSError as error:
-        raise DataError(f"读不了数据文件 [cannot read file]：{file}（{error}）") from None
-
-
-def _read_rows(text: str) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every row; the value is a `BadRow` where the text is not JSON."""
-    if text.lstrip().startswith("["):
-        yield from _read_array(text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 may stand in a JSON string
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, BadRow("invalid json", str(error))
-
-
-def _read_array(text: str) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON array one by one, so that each has its line number and a damaged end costs only the end."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    counted, line, position = 0, 1, text.index("[") + 1
-    while True:
-        position = between.match(text, position).end()
-        line, counted = line + text.count("\n", counted, position), position
-        if text.startswith("]", position):
-            return
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield line, BadRow("invalid json", f"{error}；从这里往后都没有读")
-            return
-        yield line, value
-
-
-def _parse_row(row: Any, line: int, card: SessionMeta | None) -> Sample:
+def _parse_row(row: Any, line: int, card: SessionMeta | None) -> tuple[Sample, list[str]]:
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
         raise BadRow("wrong type", f"应是 JSON 对象，收到 {type(row).__name__}")
-    if "\ufffd" in json.dumps(row, ensure_ascii=False):
+    if "\ufffd" in json.dumps(row, ensure_ascii=False, default=str):
         raise BadRow("broken encoding", "含有无法解码的字节；请把文件另存为 UTF-8")
     try:
-        meta = _persona(row, card)
-        history = _history(row, meta)
+        said, keys = _read_shape(row)
+        system = [str(row.get("system") or ""), *(text for speaker, text in said if speaker == "system")]
+        meta = _persona(row, card, " ".join(filter(str.strip, system)))
     except ValidationError as error:
         cause = CAUSE_OF_ERROR.get(error.errors()[0]["type"], "wrong type")
         raise BadRow(cause, field_problems(error, "整行")) from None
     except CharacterError as error:
         raise BadRow("wrong type", str(error)) from None
+    history = _pair([(_is_bot(speaker, meta), text) for speaker, text in said if speaker != "system"])
     own_id = row.get("id")
-    return Sample(str(own_id) if own_id else _first_words(history), meta, history, line)
+    first_words = next(query for query, _ in history if query)
+    unused = [str(name) for name in row.keys() - keys - PERSONA_KEYS if row[name] not in (None, "", [])]
+    return Sample(first_words.strip() if own_id in (None, "") else str(own_id), meta, history, line), unused
 
 
-def _persona(row: dict, card: SessionMeta | None) -> SessionMeta:
-    if "session_meta" in row:
-        return as_session_meta(row["session_meta"])
+def _persona(row: dict, card: SessionMeta | None, system: str) -> SessionMeta:
+    """Of the row itself, else what its system text describes (as for the API server), else the card."""
     given = {field: row[name] for field, names in PROFILE_NAMES.items() for name in names if name in row}
-    if "bot_name" in given:
-        return as_session_meta(given)
+    if "session_meta" in row or "bot_name" in given:
+        meta = as_session_meta(row.get("session_meta", given))
+        return (
+            as_session_meta({**meta.model_dump(), "bot_info": f"{meta.bot_info} {system}".strip()}) if system else meta
+        )
+    if system:
+        return as_session_meta({**given, "bot_name": SYSTEM_CHARACTER, "bot_info": system})
     if card is None:
         raise BadRow("no persona", "行里没有 session_meta，也没有给出 card")
     return card
-
-
-def _history(row: dict, meta: SessionMeta) -> list[list[str]]:
-    """The conversation of a row as [query, response] pairs."""
-    if "instruction" in row or "output" in row:
-        return _InstructionRow.model_validate(row).history()
-    turns = row.get("messages", row.get("history"))
-    if isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns):
-        messages = _MessagesRow(messages=turns).messages
-        return _pair([(message.role == "assistant", message.content) for message in messages])
-    if "dialogue" in row:
-        utterances = _DialogueRow.model_validate(row).dialogue
-        return _pair([(_is_bot(said.speaker, meta), said.utterance) for said in utterances])
-    if "history" in row:
-        history = [list(pair) for pair in _PairsRow.model_validate(row).history]
-        if any(not query.strip() for query, _ in history[1:]):
-            raise BadRow("empty", "只有第一轮的 query 可以为空（角色先开口）")
-        return _with_a_question(history)
-    raise BadRow("unknown format", f"字段是 {'、'.join(map(str, row))}")
 
 
 def _is_bot(speaker: str, meta: SessionMeta) -> bool:
@@ -315,14 +222,56 @@ def _pair(utterances: list[tuple[bool, str]]) -> list[list[str]]:
             history.append(["", text])
         else:
             history[-1][is_bot] = " ".join(filter(None, (history[-1][is_bot], text)))
-    return _with_a_question([pair for pair in history if pair[1]])
-
-
-def _with_a_question(history: list[list[str]]) -> list[list[str]]:
-    if not any(query.strip() for query, _ in history):
+    history = [pair for pair in history if pair[1]]
+    if not any(query for query, _ in history):
         raise BadRow("empty", "没有一句回答：角色的话之前要有用户的话")
     return history
 
 
-def _first_words(history: list[list[str]]) -> str:
-    return next(query for query, _ in history if query.strip()).strip()
+# --- 4. What to do with them
+
+
+def read_card(name_or_file) -> SessionMeta:
+    """A persona by the name of a shipped character, or from a JSON file: the four fields, or a character card V2.
+
+    Raises:
+        CharacterError: no such character or file, or not a valid persona.
+    """
+    if str(name_or_file) in (shipped := load_characters()):
+        return shipped[str(name_or_file)]
+    content = read_json_object(Path(name_or_file))
+    return import_card_v2(content) if "spec" in content else as_session_meta(content)
+
+
+def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """(training, held-out): a fixed tenth is held out, chosen by a hash of each sample's id.
+
+    Where that leaves one of them empty, as when all begin with the same words, the hash is of the whole conversation.
+
+    Raises:
+        DataError: one of the two is still empty.
+    """
+    held_out = [sample.held_out for sample in samples]
+    if len(set(held_out)) < 2:
+        held_out = [dataclasses.replace(sample, id=_content(sample)).held_out for sample in samples]
+        if len(set(held_out)) == 2:
+            print("按 id 或第一句话分不开，改按整段对话分出留出集 [split by whole conversations]", flush=True)
+    if len(set(held_out)) < 2:
+        raise DataError(
+            f"数据太少，分不出训练集和留出集 [too few rows]：{len(samples)} 条可用的对话，{sum(held_out)} 条留出。"
+            "请准备至少几十条；如果文件里不止这些，看看读取报告里哪些行没有用上"
+        )
+    return [s for s, held in zip(samples, held_out) if not held], [s for s, held in zip(samples, held_out) if held]
+
+
+def _content(sample: Sample) -> str:
+    return json.dumps([sample.card.model_dump(), sample.history], ensure_ascii=False)
+
+
+def replay_dialogues(count: int) -> list[Dialogue]:
+    """`count` training dialogues of the shipped characters, evenly spread over them.
+
+    Mixed into the training data, they keep the model from forgetting the others while it learns a new character.
+    """
+    dialogues = [dialogue for dialogue in load_dialogues() if not dialogue.held_out]
+    return [dialogues[position * len(dialogues) // count] for position in range(min(count, len(dialogues)))]

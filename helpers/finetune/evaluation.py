@@ -1,17 +1,19 @@
 """What fine-tuning changed: held-out perplexity, replies side by side, repetition, and falling out of character."""
 
-import html
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 
-from ..chat import chat
-from ..dialogues import Dialogue, load_dialogues
-from .encoding import IGNORED, collate, encode_samples, pad
+from ..characters.dialogues import Dialogue, load_dialogues
+from ..chat.chat import chat
+from .compat import takes_any_mask
+from .encoding import collate, count_learned, encode_samples, pad
 
 ASSISTANT_TALK = ("语言模型", "人工智能助手", "AI助手", "作为一个AI")
 REPEATED_LENGTH = 4  # characters
@@ -22,16 +24,14 @@ CHINESE = re.compile(r"[\u4e00-\u9fff]+")
 def summed_loss(model, rows: list[dict], batch_size: int = 8) -> tuple[float, int]:
     """(sum of the losses of all learned tokens in nats, number of those tokens), the model in evaluation mode."""
     model.eval()
+    batch_of = collate if takes_any_mask(model) else pad
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    total, count = 0.0, 0
+    total = 0.0
     for start in range(0, len(rows), batch_size):
         group = rows[start : start + batch_size]
-        batch = collate(group) if model.config._attn_implementation == "sdpa" else pad(group)
-        learned = sum(label != IGNORED for row in group for label in row["labels"])
-        tensors = {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
-        total += learned * model(**batch | tensors).loss.item()
-        count += learned
-    return total, count
+        batch = {name: tensor.to(model.device) for name, tensor in batch_of(group).items()}
+        total += count_learned(group) * model(**batch).loss.item()
+    return total, count_learned(rows)
 
 
 def perplexity(model, rows: list[dict], batch_size: int = 8) -> float:
@@ -65,12 +65,17 @@ def signature_words(replies: list[str], other_replies: list[str], count: int = 4
     They are in at least 3 % of its replies, and there 20 times as often as in those of others. A word is any 2 or 3
     Chinese characters in a row; one that hardly ever comes without a more frequent one (a piece of it) is left out.
     """
-    own, others = _replies_by_word(replies), _replies_by_word(other_replies)
+    others = {word: len(found) for word, found in _replies_by_word(other_replies).items()}
+    return _signature(_replies_by_word(replies), len(replies), others, len(other_replies), count)
+
+
+def _signature(own: dict[str, set[int]], size: int, others: dict[str, int], other_size: int, count=4) -> list[str]:
     words: list[str] = []
     covered: set[int] = set()
     for word, found in sorted(own.items(), key=lambda item: -len(item[1])):
-        share, elsewhere = len(found) / len(replies), len(others.get(word, ())) / max(1, len(other_replies))
-        if share >= max(0.03, 20 * elsewhere) and len(found - covered) > 0.1 * len(found):
+        if len(found) / size < max(0.03, 20 * others.get(word, 0) / max(1, other_size)):
+            continue
+        if len(found - covered) > 0.1 * len(found):
             words.append(word)
             covered |= found
     return words[:count]
@@ -85,19 +90,6 @@ def _replies_by_word(replies: list[str]) -> dict[str, set[int]]:
                 for start in range(len(run) - n + 1):
                     found.setdefault(run[start : start + n], set()).add(number)
     return found
-
-
-def other_characters_words(bot_name: str, replies: list[str]) -> list[str]:
-    """By what the shipped characters other than `bot_name` are known: names and signature words not in `replies`."""
-    said: dict[str, list[str]] = {}
-    for dialogue in load_dialogues():
-        if dialogue.card.bot_name != bot_name:
-            said.setdefault(dialogue.card.bot_name, []).extend(reply for _, reply in dialogue.history)
-    words = []
-    for name, own in said.items():
-        others = [reply for other, texts in said.items() if other != name for reply in texts]
-        words += [f"我是{name}", *signature_words(own, others)]
-    return [word for word in words if not any(word in reply for reply in replies)]
 
 
 def repeats_itself(reply: str) -> bool:
@@ -126,8 +118,20 @@ class Voice:
     @classmethod
     def learn(cls, bot_name: str, replies: list[str]) -> "Voice":
         """From the character's training replies and the dialogues of the shipped characters."""
-        others = [reply for d in load_dialogues() if d.card.bot_name != bot_name for _, reply in d.history]
-        return cls(tuple(signature_words(replies, others)), tuple(other_characters_words(bot_name, replies)))
+        said: dict[str, list[str]] = {}
+        for dialogue in load_dialogues():
+            if dialogue.card.bot_name != bot_name:
+                said.setdefault(dialogue.card.bot_name, []).extend(reply for _, reply in dialogue.history)
+        words = {name: _replies_by_word(texts) for name, texts in said.items()}  # once: this is what takes the time
+        everyone, size = Counter(), sum(map(len, said.values()))
+        for found in words.values():
+            everyone.update({word: len(numbers) for word, numbers in found.items()})
+        theirs = []
+        for name, found in words.items():
+            others = {word: everyone[word] - len(numbers) for word, numbers in found.items()}
+            theirs += [f"我是{name}", *_signature(found, len(said[name]), others, size - len(said[name]))]
+        own = _signature(_replies_by_word(replies), len(replies), everyone, size)
+        return cls(tuple(own), tuple(word for word in theirs if not any(word in reply for reply in replies)))
 
     def in_voice(self, reply: str) -> bool:
         """Whether the reply has a word that is the character's own."""
@@ -147,26 +151,22 @@ class Comparison:
 
     def counts(self) -> dict[str, dict[str, float]]:
         """For "base" and "tuned": replies in voice, breaking character, repeating themselves, and distinct-2 of all."""
+        _, _, base, tuned = zip(*self.lines)
         return {
-            name: self._count([line[column] for line in self.lines]) for name, column in (("base", 2), ("tuned", 3))
-        }
-
-    def _count(self, replies: list[str]) -> dict[str, float]:
-        return {
-            "replies": len(replies),
-            "in_voice": sum(map(self.voice.in_voice, replies)),
-            "breaks_character": sum(map(self.voice.breaks_character, replies)),
-            "repeats_itself": sum(map(repeats_itself, replies)),
-            "distinct_2": round(distinct_2(replies), 3),
+            name: {
+                "replies": len(replies),
+                "in_voice": sum(map(self.voice.in_voice, replies)),
+                "breaks_character": sum(map(self.voice.breaks_character, replies)),
+                "repeats_itself": sum(map(repeats_itself, replies)),
+                "distinct_2": round(distinct_2(replies), 3),
+            }
+            for name, replies in (("base", base), ("tuned", tuned))
         }
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{title}</th>" for title in ("用户", "数据里的回答", "微调前 base", "微调后 tuned"))
-        rows = "".join(f"<tr>{''.join(map(self._cell, line))}</tr>" for line in self.lines)
-        return f'<table style="text-align:left"><tr>{head}</tr>{rows}</table>'
-
-    def _cell(self, text: str) -> str:
-        return f'<td style="text-align:left">{html.escape(text)}</td>'
+        titles = ["用户", "数据里的回答", "微调前 base", "微调后 tuned"]
+        with pd.option_context("display.max_colwidth", None):  # it would cut what is longer than 50 characters
+            return pd.DataFrame(self.lines, columns=titles).to_html(index=False, justify="left")
 
     def __repr__(self) -> str:
         return "\n".join(

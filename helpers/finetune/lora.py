@@ -4,18 +4,18 @@ A LoRA layer computes `W x + (alpha / r) B A x`: W is frozen, A has the shape (r
 (out, r) and starts at zero. So a new adapter changes nothing, and training has r (in + out) parameters instead of in * out.
 """
 
-from copy import deepcopy
 from pathlib import Path
 
-import torch
-from peft import LoraConfig, TaskType, get_peft_model, inject_adapter_in_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import FinetuneError
-from ..modeling import CharacterGLMConfig, CharacterGLMForCausalLM
+from ..model.shapes import QKV, linear_shapes, lora_count
+from ..paths import new_folder
 
 # The original code has one fused query_key_value; here it is three layers, each with an A and a B of its own.
 LORA_TARGETS = {
-    "qkv": ["q_proj", "k_proj", "v_proj"],
+    "qkv": list(QKV),
     "qv": ["q_proj", "v_proj"],
     "all-linear": "all-linear",  # every linear layer but the output layer
 }
@@ -39,47 +39,48 @@ def lora_config(targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: floa
         raise FinetuneError(
             f"LoRA 参数没有意义 [invalid LoRA parameter]：r={r!r}、alpha={alpha!r} 应大于 0，dropout={dropout!r} 应在 0 到 1 之间"
         )
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        target_modules=LORA_TARGETS[targets],
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias="none",
-    )
+    shape = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
+    return LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=LORA_TARGETS[targets], bias="none", **shape)
 
 
 def add_lora(model, targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: float = 0.1):
     """`model` with a new LoRA adapter, the only thing that is trained. Seed torch before: A starts random.
 
-    A model quantised with bitsandbytes is prepared for training first. Raises as `lora_config`.
+    An adapter that is there already is taken off; a model quantised with bitsandbytes is prepared for training. Raises
+    as `lora_config`.
     """
     config = lora_config(targets, r, alpha, dropout)
+    model = _without_adapter(model)
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the trainer decides that
     return get_peft_model(model, config)
 
 
-def count_lora_parameters(config: CharacterGLMConfig, targets: str = "qkv", r: int = 8) -> int:
-    """Trainable parameters of an adapter on a model of this shape, counted on a model without memory (meta device)."""
-    with torch.device("meta"):
-        model = CharacterGLMForCausalLM(deepcopy(config))
-        return _count_trainable(inject_adapter_in_model(lora_config(targets, r), model))
+def _without_adapter(model):
+    # PEFT would put the new adapter inside the old one's layers, and save it under names that fit no model. A base keeps
+    # the layers of an adapter even where the PeftModel around it is forgotten, as when a notebook cell runs twice.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base
 
 
-def count_fused_lora_parameters(config: CharacterGLMConfig, r: int = 8) -> int:
+def count_lora_parameters(config, targets: str = "qkv", r: int = 8) -> int:
+    """Trainable parameters of an adapter on a model of this shape."""
+    names = LORA_TARGETS[targets]
+    return lora_count(config, r, list(linear_shapes(config)) if names == "all-linear" else names)
+
+
+def count_fused_lora_parameters(config, r: int = 8) -> int:
     """The same for the original code's fused query_key_value: q, k and v then share one A, and B has all their rows."""
-    rows = config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
-    with torch.device("meta"):
-        layers = [
-            torch.nn.ModuleDict({"query_key_value": torch.nn.Linear(config.hidden_size, rows)})
-            for _ in range(config.num_hidden_layers)
-        ]
-        fused = LoraConfig(target_modules=["query_key_value"], r=r)
-        return _count_trainable(inject_adapter_in_model(fused, torch.nn.ModuleList(layers)))
+    rows = sum(linear_shapes(config)[name][1] for name in QKV)
+    return config.num_hidden_layers * r * (config.hidden_size + rows)
 
 
-def parameter_table(config: CharacterGLMConfig, ranks=(1, 4, 8, 16, 32, 64)) -> list[dict]:
+def parameter_table(config, ranks=(1, 4, 8, 16, 32, 64)) -> list[dict]:
     """A row a rank: trainable parameters for every choice of targets, and for the original's fused layer."""
     return [
         {"r": r}
@@ -89,11 +90,7 @@ def parameter_table(config: CharacterGLMConfig, ranks=(1, 4, 8, 16, 32, 64)) -> 
     ]
 
 
-def _count_trainable(model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def refuse_unmoved(model) -> None:
+def check_moved(model) -> None:
     """Raise `FinetuneError` if some lora_B is still zero, its starting value: training then had no effect there."""
     unmoved = [name for name, weight in model.named_parameters() if "lora_B" in name and not weight.any()]
     if unmoved:
@@ -106,12 +103,13 @@ def refuse_unmoved(model) -> None:
 def merge_adapter(model, tokenizer, directory: str | Path) -> Path:
     """Add the adapter to the weights of the base and save both as an ordinary model directory in the original layout.
 
-    `model` loses its adapter: it is the merged model afterwards. A quantised base should be loaded again in half
-    precision for this.
+    `model` loses its adapter: it is the merged model afterwards. `directory` must be new or empty. A quantised base
+    should be loaded again in half precision for this.
     """
     if getattr(model, "is_quantized", False):
         raise FinetuneError("量化的底模不能合并 [cannot merge into a quantised base]：请以半精度重新加载底模和 adapter")
-    merged = model.merge_and_unload()
-    merged.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    base, size = Path(model.get_base_model().name_or_path), model.get_memory_footprint()
+    with new_folder(Path(directory), {"model": size}, base) as folder:  # refused before the weights are changed
+        model.merge_and_unload().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return Path(directory)

@@ -27,27 +27,24 @@ class LiveCurve(TrainerCallback):
     def __init__(self):
         self.shown, self.drawn_at = None, 0.0
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, at_once=False, **kwargs):
         """Called by the Trainer with what it has measured."""
-        if state.is_world_process_zero and time.monotonic() - self.drawn_at > 1:
-            self._draw(state.log_history)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Called by the Trainer at the end: the complete curve."""
-        if state.is_world_process_zero:
-            self._draw(state.log_history)
-
-    def _draw(self, log_history: list[dict]) -> None:
+        if not state.is_world_process_zero or (not at_once and time.monotonic() - self.drawn_at < 1):
+            return
         import matplotlib.pyplot as plt
         from IPython.display import display
 
-        figure = plot_losses(log_history)
+        figure = plot_losses(state.log_history)
         if self.shown is None:
             self.shown = display(figure, display_id=True)
         else:
             self.shown.update(figure)
         plt.close(figure)  # or the notebook would show it once more
         self.drawn_at = time.monotonic()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Called by the Trainer at the end: the complete curve."""
+        self.on_log(args, state, control, at_once=True)
 
 
 def plot_losses(log_history: list[dict]):

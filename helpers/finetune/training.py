@@ -1,97 +1,96 @@
 """Training a LoRA adapter with transformers' Trainer: sensible defaults, and failures that explain themselves."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LabelSmoother, LengthGroupedSampler
 from transformers.utils import is_in_notebook
 
-from ..characters import as_session_meta
-from ..errors import FinetuneError
-from ..loading import ADAPTER_CARD, ADAPTER_RECORD, base_fingerprint
-from ..receipt import write_json
-from .checkpoints import bytes_needed, last_complete_checkpoint, open_run
-from .encoding import IGNORED, collate, pad
+from ..characters.personas import as_session_meta
+from ..errors import FinetuneError, did_you_mean
+from ..model.adapters import ADAPTER_CARD, ADAPTER_RECORD, base_fingerprint
+from ..paths import write_json
+from .checkpoints import bytes_needed, close_run, last_complete_checkpoint, open_run
+from .compat import OrderedTrainer, takes_any_mask
+from .encoding import EMPTY_ROW, collate, pad
 from .evaluation import summed_loss
-from .lora import refuse_unmoved
+from .lora import check_moved
 from .progress import LiveCurve, LogLines
 
-BATCH_SIZE = 4
-MANY_PARAMETERS = 1e9
-FILLER = {"input_ids": [0], "labels": [IGNORED]}  # counts for nothing
+LARGE_MODEL_PARAMETERS = 1e9
+DEFAULTS = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,  # below 1: a share of all steps
+    "train_sampling_strategy": "group_by_length",
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,  # the newest and the best
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": False,
+    "logging_nan_inf_filter": False,  # it would hide a NaN loss
+    "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,  # every adapter takes part in every step
+    "report_to": "none",
+    "seed": 0,
+}
 # transformers 5 renamed these; the old names are known better, and would lose against a default under the new one.
 NEW_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 NO_EFFECT_ON_RESULT = {"output_dir", "disable_tqdm", "eval_on_start"}
-
-
-def default_learning_rate(model) -> float:
-    """2e-4, usual for LoRA on billions of parameters; a model as small as Nano needs, and bears, twenty times that."""
-    return 2e-4 if model.num_parameters() > MANY_PARAMETERS else 4e-3
 
 
 def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
     """transformers' TrainingArguments with defaults for a LoRA adapter; any field can be `chosen`.
 
-    Half precision and gradient checkpointing (transformers 5: `activation_checkpointing`) follow from the model:
-    bfloat16 or float16 if it was loaded so on a GPU, checkpointing on a GPU for models of more than 1e9 parameters.
-    transformers then lets gradients reach the adapters although everything before them is frozen.
+    Learning rate, half precision and checkpointing follow from the model; None, if what is chosen is only to be checked
+    before a model is loaded.
 
     Raises:
-        FinetuneError: an unknown field (with the closest known one), or values that transformers refuses.
+        FinetuneError: an unknown field (with the closest known one), or values that make no sense.
     """
-    refuse_unknown_arguments(chosen)
-    chosen = {NEW_NAMES.get(name, name): value for name, value in chosen.items()}
-    on_gpu = model.device.type == "cuda"
-    defaults = {
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": BATCH_SIZE,
-        "per_device_eval_batch_size": 8,
-        "learning_rate": default_learning_rate(model),
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,  # below 1: a share of all steps
-        "train_sampling_strategy": "group_by_length",
-        "logging_steps": 10,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 2,  # the newest and the best
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+    check_arguments(chosen)
+    on_cpu, on_gpu = (model is not None and model.device.type == kind for kind in ("cpu", "cuda"))
+    large = model is not None and model.num_parameters() > LARGE_MODEL_PARAMETERS
+    of_model = {
+        "learning_rate": 2e-4 if large else 4e-3,  # usual for billions; Nano needs, and bears, twenty times that
         "bf16": on_gpu and model.dtype == torch.bfloat16,
         "fp16": on_gpu and model.dtype == torch.float16,
-        "activation_checkpointing": on_gpu and model.num_parameters() > MANY_PARAMETERS,
-        "logging_nan_inf_filter": False,  # it would hide a NaN loss
-        "remove_unused_columns": False,
+        "activation_checkpointing": on_gpu and large,
         "dataloader_pin_memory": on_gpu,
-        "ddp_find_unused_parameters": False,  # every adapter takes part in every step
-        "use_cpu": model.device.type == "cpu",
-        "report_to": "none",
+        "use_cpu": on_cpu,
         "disable_tqdm": not is_in_notebook(),
-        "seed": 0,
     }
+    chosen = {NEW_NAMES.get(name, name): value for name, value in chosen.items()}
     try:
-        return TrainingArguments(output_dir=str(output_dir), **defaults | chosen)
-    except (ValueError, TypeError, NotImplementedError) as error:
+        return TrainingArguments(output_dir=str(output_dir), **DEFAULTS | of_model | chosen)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise FinetuneError(f"训练参数没有意义 [invalid training argument]：{error}") from None
 
 
-def refuse_unknown_arguments(names) -> None:
-    """Raise `FinetuneError` for the first name that is no field of TrainingArguments, or that is set here."""
+def check_arguments(chosen: dict) -> None:
+    """Raise `FinetuneError` for a name that is no field of TrainingArguments, or a number that makes no sense."""
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - {"output_dir"}
-    for name in names:
+    for name, value in chosen.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"是不是 {close[0]} [did you mean]？" if close else ""
+            hint = did_you_mean(name, known)
             raise FinetuneError(f"TrainingArguments 没有参数 {name} [unknown training argument]。{hint}")
+        too_small = name in AT_LEAST_ONE and not (isinstance(value, int) and value >= 1)
+        if too_small or (isinstance(value, float) and not math.isfinite(value)):
+            raise FinetuneError(f"训练参数没有意义 [invalid training argument]：{name}={value!r}")
 
 
 class EpochGroupedSampler(LengthGroupedSampler):
@@ -102,15 +101,15 @@ class EpochGroupedSampler(LengthGroupedSampler):
 
     Args:
         batch_size: rows of one training step, over all processes.
-        fillers: how many rows behind the others fill up the last step; they always come last.
+        empty: how many rows behind the others fill up the last step; they always come last.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, fillers: int = 0):
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, empty: int = 0):
         super().__init__(batch_size, lengths=lengths)
-        self.seed, self.fillers, self.epoch = seed, fillers, 0
+        self.seed, self.empty, self.epoch = seed, empty, 0
 
     def __len__(self):
-        return len(self.lengths) + self.fillers
+        return len(self.lengths) + self.empty
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate before every epoch."""
@@ -121,17 +120,19 @@ class EpochGroupedSampler(LengthGroupedSampler):
         return iter([*super().__iter__(), *range(len(self.lengths), len(self))])
 
 
-class LoraTrainer(Trainer):
+class LoraTrainer(OrderedTrainer):
     """transformers' Trainer with a repeatable order, an exact held-out loss, and a stop at the first NaN."""
 
-    def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        rows, args = train_dataset or self.train_dataset, self.args
-        lengths = [len(row["input_ids"]) for row in rows if row is not FILLER]
+    @property
+    def train_sampler(self):
+        """The order of the training rows; None for another than the default strategy."""
+        args, rows = self.args, self.train_dataset
+        if args.train_sampling_strategy != "group_by_length":
+            return None
+        lengths = [len(row["input_ids"]) for row in rows if row is not EMPTY_ROW]
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return EpochGroupedSampler(step, lengths, seed, fillers=len(rows) - len(lengths))
+        return EpochGroupedSampler(step, lengths, seed, empty=len(rows) - len(lengths))
 
     def training_step(self, *args, **kwargs):
         """As in transformers; raises before a loss that is not finite can reach the weights."""
@@ -145,7 +146,7 @@ class LoraTrainer(Trainer):
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
-        """The mean loss of a held-out token.
+        """The mean loss of a held-out token, without label smoothing.
 
         transformers would average over batches, so that a token of a batch with short replies counts for more.
         """
@@ -164,69 +165,61 @@ def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=F
     A run that was interrupted goes on from its last complete checkpoint if it is started again with the same settings.
 
     Args:
-        train_rows, eval_rows: sequences from `encode_samples`.
-        output_dir: gets the adapter, `finetune.json` and the checkpoints.
         card: the persona that the adapter speaks as; kept beside it, so that the API server can use it.
-        overwrite: delete a finished run, or one with other settings, that is already in `output_dir`.
-        callbacks: further `TrainerCallback`s.
-        **training: fields of transformers' TrainingArguments.
+        overwrite: replace a finished run, or one with other settings, as soon as this one is complete.
+        callbacks, **training: for the Trainer, and fields of its TrainingArguments.
 
     Returns:
-        `steps`, `seconds` and `samples_per_second` (of this call), `train_loss`, `eval_loss` (the lowest), `best_step`,
-        `resumed_from` (a step or None), `history` (what was logged). The model is left in evaluation mode.
+        See `summarize`. The model is left in evaluation mode.
 
     Raises:
-        FinetuneError: before training: senseless arguments, a folder that is taken, not writable or too full. While
-            training: a loss that is not finite, or out of memory. After it: an adapter that has not changed.
+        FinetuneError: senseless arguments, a folder that is taken, not writable or too full; then a loss that is not
+            finite, or out of memory; in the end an adapter that has not changed.
     """
     directory = Path(output_dir).expanduser().absolute()
     arguments = training_arguments(model, directory, **training)
     settings = describe_settings(model, train_rows, eval_rows, training)
     needed = bytes_needed(model.num_parameters(only_trainable=True), arguments.save_total_limit or 3)
-    with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            open_run(directory, settings, needed, overwrite)
-        checkpoint = last_complete_checkpoint(directory)
+    with arguments.main_process_first(local=False):  # the others find what the first has made
+        run = open_run(directory, settings, needed, overwrite)
+        checkpoint = last_complete_checkpoint(run)
+    arguments.output_dir = str(run)
     arguments.eval_on_start = checkpoint is None and arguments.eval_strategy != "no"
     trainer = make_trainer(model, arguments, train_rows, eval_rows, callbacks)
     with out_of_memory_explained(arguments):
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.eval()
-    refuse_unmoved(model)
+    check_moved(model)
     result = summarize(trainer, output, checkpoint)
-    trainer.save_model(str(directory))
+    trainer.save_model(str(run))
     if arguments.process_index == 0:
         record = {"settings": settings, "base": settings["base"], "finished": True, "result": result}
-        write_json(directory / ADAPTER_RECORD, record)
+        write_json(run / ADAPTER_RECORD, record)
         if card is not None:
-            write_json(directory / ADAPTER_CARD, as_session_meta(card).model_dump())
+            write_json(run / ADAPTER_CARD, as_session_meta(card).model_dump())
+        close_run(directory, run)
     return result
 
 
 def make_trainer(model, arguments, train_rows, eval_rows, callbacks) -> LoraTrainer:
     """A `LoraTrainer` that shows its progress, for a model whose only trainable part is its adapter."""
-    plain = arguments.label_smoothing_factor or model.config._attn_implementation != "sdpa"  # see `share_prefix`
+    # accelerate would fill up the last step with rows from the beginning, which would then be learned twice.
+    step = arguments.train_batch_size * arguments.world_size
+    empty = [EMPTY_ROW] * (-len(train_rows) % step) if arguments.world_size > 1 else []
+    smoothing = arguments.label_smoothing_factor
     trainer = LoraTrainer(
         model=model,
         args=arguments,
-        data_collator=pad if plain else collate,
-        train_dataset=fill_up(train_rows, arguments),
+        data_collator=collate if takes_any_mask(model) else pad,
+        train_dataset=train_rows + empty,
         eval_dataset=eval_rows,
         callbacks=[LiveCurve() if is_in_notebook() else LogLines(), *callbacks],
+        # Given explicitly: left to itself, the Trainer decides by the name of the model's class whether labels and
+        # logits face each other already. Ours do; see `shift_labels` in `pack` and `pad`.
+        compute_loss_func=LabelSmoother(epsilon=smoothing) if smoothing else None,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def fill_up(rows: list[dict], arguments: TrainingArguments) -> list[dict]:
-    """`rows`, with empty ones added for several processes, until every process gets equally many in the last step.
-
-    accelerate would fill up with rows from the beginning, which would then be learned twice.
-    """
-    if arguments.world_size == 1:
-        return rows
-    step = arguments.train_batch_size * arguments.world_size
-    return rows + [FILLER] * (-len(rows) % step)
 
 
 def describe_settings(model, train_rows, eval_rows, training: dict) -> dict:
@@ -245,25 +238,26 @@ def describe_settings(model, train_rows, eval_rows, training: dict) -> dict:
 
 
 def summarize(trainer: Trainer, output, checkpoint: Path | None) -> dict:
-    """The result of a run; see `finetune`."""
-    state, metrics = trainer.state, output.metrics
-    history = [
-        {"step": entry["step"], **{name: entry[name] for name in ("loss", "eval_loss") if name in entry}}
-        for entry in state.log_history
-        if "loss" in entry or "eval_loss" in entry
-    ]
+    """`steps`, `seconds` and `samples_per_second` of this call; the last `train_loss`, the lowest `eval_loss` and its
+    `best_step`; `resumed_from`, a step or None; `history`, what was logged.
+    """
+    state, args = trainer.state, trainer.args
+    kept = ("step", "loss", "eval_loss")
+    history = [{name: entry[name] for name in kept if name in entry} for entry in state.log_history]
+    history = [entry for entry in history if len(entry) > 1]
     held_out = [(entry["eval_loss"], entry["step"]) for entry in history if "eval_loss" in entry and entry["step"]]
     best_loss, best_step = min(held_out, default=(None, state.global_step))
-    steps = state.global_step - (int(checkpoint.name.split("-")[1]) if checkpoint else 0)
-    samples = steps * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    resumed_from = int(checkpoint.name.split("-")[1]) if checkpoint else None
+    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    seconds = output.metrics["train_runtime"]
     return {
         "steps": state.global_step,
-        "seconds": metrics["train_runtime"],
-        "samples_per_second": samples / max(metrics["train_runtime"], 1e-9),
+        "seconds": seconds,
+        "samples_per_second": (state.global_step - (resumed_from or 0)) * rows_a_step / max(seconds, 1e-9),
         "train_loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
         "eval_loss": best_loss,
         "best_step": best_step,
-        "resumed_from": state.global_step - steps if checkpoint else None,
+        "resumed_from": resumed_from,
         "history": history,
     }
 

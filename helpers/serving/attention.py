@@ -16,13 +16,13 @@ def request_by_request(module, query, key, value, attention_mask, scaling, cache
     """Attention output [1, tokens, heads, head_dim] for the packed batches of continuous batching.
 
     Args:
-        query: [1, heads, tokens, head_dim]; key, value: [1, key heads, tokens, head_dim], of the new tokens.
-        cache: the paged cache; it takes in the new keys and values and gives out those of each whole request.
-        kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, where each request begins and ends among the tokens and the keys.
+        query: [1, heads, tokens, head_dim]; key, value: [1, key heads, keys, head_dim].
+        kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, where each request begins and ends among tokens and keys. Three new
+            tokens of one request and one of another that has 9 already: [0, 3, 4] and [0, 3, 13].
     """
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    token_ends = kwargs["cu_seq_lens_q"].tolist()
-    key_ends = kwargs["cu_seq_lens_k"].tolist()  # the update has put those of this layer here
+    if cache is not None:  # up to transformers 5.23; from 5.24 on the model itself asks the cache for all the keys
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    token_ends, key_ends = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     outputs = []
     for i in range(len(token_ends) - 1):
         tokens, keys = slice(*token_ends[i : i + 2]), slice(*key_ends[i : i + 2])

@@ -6,7 +6,6 @@ it is started again.
 """
 
 import asyncio
-import contextlib
 import copy
 import logging
 import uuid
@@ -14,13 +13,12 @@ import uuid
 import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.utils import drain_queue
 from transformers.utils import is_flash_attn_2_available
 
+from ..chat.generation import STOP_IDS, GenerationParameters
 from ..errors import ChatError, EngineError, OverloadError
-from ..generation import STOP_IDS, GenerationParameters
-from . import attention
-from .sampling import Sampling, request_processors
+from . import attention, compat
+from .sampling import RequestSampler, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -31,49 +29,7 @@ RESTART_SECONDS = 1.0
 WATCH_SECONDS = 0.1
 
 
-class Admission:
-    """How many requests there may be: `slots` that are written and `queue_size` that wait."""
-
-    slots: int
-    alive: bool
-
-    def __init__(self, queue_size: int):
-        self.queue_size = queue_size
-        self._running: set = set()
-        self._preparing = 0
-
-    @property
-    def in_flight(self) -> int:
-        """Requests being written, waiting, or prepared."""
-        return len(self._running) + self._preparing
-
-    @property
-    def waiting(self) -> int:
-        """Requests beyond the slots."""
-        return max(0, self.in_flight - self.slots)
-
-    @contextlib.contextmanager
-    def admitted(self):
-        """A place among the requests, held while a prompt is prepared; give it back, then `generate` at once.
-
-        Raises:
-            OverloadError, EngineError: as `generate`, before any work is done.
-        """
-        self._admit()
-        self._preparing += 1
-        try:
-            yield
-        finally:
-            self._preparing -= 1
-
-    def _admit(self) -> None:
-        if not self.alive:
-            raise EngineError("推理引擎没有在运行 [engine is down]：正在重启，请过几秒再试")
-        if self.in_flight >= self.slots + self.queue_size:
-            raise OverloadError(f"请求太多 [server busy]：已有 {self.in_flight} 个，请稍后再试")
-
-
-class Engine(Admission):
+class Engine:
     """One model that writes up to `slots` replies at the same time.
 
     Args:
@@ -87,11 +43,11 @@ class Engine(Admission):
     def __init__(
         self, model, *, slots: int = SLOTS, queue_size: int = QUEUE_SIZE, context: int = 4096, cache_tokens: int = 32768
     ):
-        super().__init__(queue_size)
-        self.model, self.slots = shared_copy(model), slots
+        self.model, self.slots, self.queue_size = shared_copy(model), slots, queue_size
         self.context = min(context, model.config.max_position_embeddings, cache_tokens)
         self.cache_tokens = cache_tokens
         self.restarts = 0
+        self.running: set[Generation] = set()
         self._watcher: asyncio.Task | None = None
         self._manager = None
 
@@ -99,7 +55,17 @@ class Engine(Admission):
     def alive(self) -> bool:
         """Whether requests can be served now."""
         manager = self._manager
-        return manager is not None and manager.is_running() and manager.background_thread_status.fatal_error is None
+        return manager is not None and manager.is_running() and compat.fatal_error(manager) is None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being written, waiting, or prepared."""
+        return len(self.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests beyond the slots."""
+        return max(0, self.in_flight - self.slots)
 
     async def start(self) -> None:
         """Start, and keep watch from now on. Call in the event loop that serves the requests.
@@ -114,44 +80,36 @@ class Engine(Admission):
         """Stop; replies still being written end with an error."""
         if self._watcher is not None:
             self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
+            await asyncio.gather(self._watcher, return_exceptions=True)
         self._fail_all("服务正在关闭 [shutting down]")
         if self._manager is not None:
             await asyncio.to_thread(self._manager.stop, block=True, timeout=10, hard_stop=True)
 
-    def generate(
-        self, input_ids: list[int], parameters: GenerationParameters, session: str | None = None
-    ) -> "Generation":
-        """Begin a reply; iterate over the result for its token ids.
-
-        Args:
-            input_ids: the prompt.
-            parameters: do_sample, temperature, top_k, top_p, repetition_penalty, seed and max_new_tokens are used.
-            session: of no importance where there is one engine.
+    def reserve(self) -> "Generation":
+        """A place among the requests, held while the prompt is prepared; `start` it or `cancel` it.
 
         Raises:
-            ChatError: an empty or too long prompt, or ids that are not in the vocabulary.
             OverloadError: all slots and the queue are full; EngineError: not running at the moment.
         """
-        room = self._checked_room(input_ids)
-        self._admit()
-        generation = Generation(self._manager, self._running)
-        sampling = Sampling(parameters, self.model.config.vocab_size, self.model.device)
-        generation.start(input_ids, min(parameters.max_new_tokens, room), sampling)
-        return generation
+        if not self.alive:
+            raise EngineError("推理引擎没有在运行 [engine is down]：正在重启，请过几秒再试")
+        if self.in_flight >= self.slots + self.queue_size:
+            raise OverloadError(f"请求太多 [server busy]：已有 {self.in_flight} 个，请稍后再试")
+        return Generation(self, self._manager)
 
-    def _checked_room(self, input_ids: list[int]) -> int:
-        vocabulary = self.model.config.vocab_size
-        if not input_ids or min(input_ids) < 0 or max(input_ids) >= vocabulary:
+    def generate(self, input_ids: list[int], parameters: GenerationParameters) -> "Generation":
+        """Begin a reply; iterate over the result for its token ids. Raises as `reserve` and `Generation.start`."""
+        return self.reserve().start(input_ids, parameters)
+
+    def check_prompt(self, input_ids: list[int]) -> None:
+        """Raise a ChatError for an empty or too long prompt, or ids that are not in the vocabulary."""
+        if not input_ids or min(input_ids) < 0 or max(input_ids) >= self.model.config.vocab_size:
             raise ChatError("prompt 是空的，或含有词表之外的 token [invalid prompt]")
-        room = self.context - len(input_ids)
-        if room < 1:
+        if len(input_ids) >= self.context:
             raise ChatError(f"prompt 太长 [prompt too long]：{len(input_ids)} 个 token，加上回复最多 {self.context}")
-        return room
 
     def _launch(self) -> None:
-        # do_sample=False: our processor draws the tokens and marks them, the engine only has to take the argmax.
+        # do_sample=False: our sampler draws the tokens and marks them, the engine only has to take the argmax.
         generation_config = GenerationConfig(do_sample=False, eos_token_id=STOP_IDS, pad_token_id=0)
         # Everything explicit: the defaults take most of the free memory and many seconds. The sampler keeps its state
         # in Python, which excludes CUDA graphs and batches prepared ahead.
@@ -169,19 +127,18 @@ class Engine(Admission):
         manager = self.model.init_continuous_batching(generation_config, batching)
         if not flash:  # the manager only accepts names that it knows
             self.model.set_attn_implementation(attention.NAME)
-        manager.logit_processor = request_processors(self.model.device)
-        manager.warmup()  # makes the KV cache here and now, where an error can be seen
+        compat.install_sampler(manager, RequestSampler(self.model.device))
+        manager.warmup()
         manager.start()
         self._manager = manager
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            drain_queue(self._manager.output_router.output_queue)  # tokens that came after a request was cancelled
+            compat.drop_late_tokens(self._manager)
             if self.alive:
                 continue
-            error = self._manager.background_thread_status.fatal_error
-            logger.error("engine died", extra={"error": repr(error)})
+            logger.error("engine died", extra={"error": repr(compat.fatal_error(self._manager))})
             self._fail_all("推理引擎出错了 [engine died]：正在重启，请过几秒再试")
             await asyncio.sleep(RESTART_SECONDS)
             try:
@@ -192,8 +149,8 @@ class Engine(Admission):
                 logger.exception("engine restart failed, trying again")
 
     def _fail_all(self, reason: str) -> None:
-        for generation in list(self._running):
-            generation.fail(reason)
+        for generation in list(self.running):
+            generation.fail(EngineError(reason))
 
 
 class Generation:
@@ -202,38 +159,53 @@ class Generation:
     It gives its slot back as soon as the engine has finished it, whether or not anybody has read it.
     """
 
-    def __init__(self, manager, running: set["Generation"]):
-        self._manager, self._running = manager, running
-        self._id = uuid.uuid4().hex  # never a client's: a duplicate stops the engine
-        self._outputs: asyncio.Queue = asyncio.Queue()
-        self._received = 0
+    def __init__(self, engine: Engine, manager):
+        self.prompt_tokens = 0
         self.token_ids: list[int] = []  # what has been read
-        self.facts: dict[str, str] = {}  # for the log
+        self._engine, self._manager = engine, manager
+        self._id = uuid.uuid4().hex  # never a client's: a duplicate stops the engine
+        self._outputs: asyncio.Queue = asyncio.Queue()  # lists of ids, then None or an error
+        self._received = 0
+        engine.running.add(self)
 
-    def start(self, input_ids: list[int], max_new_tokens: int, sampling: Sampling) -> None:
-        """Hand the request to the engine."""
+    def start(self, input_ids: list[int], parameters: GenerationParameters) -> "Generation":
+        """Hand the prompt to the engine.
+
+        Args:
+            parameters: do_sample, temperature, top_k, top_p, repetition_penalty, seed and max_new_tokens are used.
+
+        Raises:
+            ChatError: see `Engine.check_prompt`. The place is then free again.
+        """
+        engine, self.prompt_tokens = self._engine, len(input_ids)
+        try:
+            engine.check_prompt(input_ids)
+        except ChatError:
+            self.cancel()
+            raise
+        if self not in engine.running:  # the engine has stopped meanwhile: whoever reads gets the error
+            return self
+        sampling = Sampling(parameters, engine.model.config.vocab_size, engine.model.device)
+        most = min(parameters.max_new_tokens, engine.context - len(input_ids))
         self._manager.register_result_handler(self._id, self._receive)
-        self._running.add(self)
-        accepted = self._manager.add_request(
-            input_ids, self._id, max_new_tokens=max_new_tokens, streaming=True, sampling=sampling
-        )
-        if accepted is None:
-            self.fail("推理引擎没有在运行 [engine is down]：请过几秒再试")
+        if not self._manager.add_request(input_ids, self._id, max_new_tokens=most, streaming=True, sampling=sampling):
+            self.fail(EngineError("推理引擎没有在运行 [engine is down]：请过几秒再试"))
+        return self
 
     def cancel(self) -> None:
         """End the reply within one token and free its slot. Does nothing if it has ended."""
-        if self in self._running:
+        if self in self._engine.running:
             self._manager.cancel_request(self._id)
             self._leave()
 
-    def fail(self, reason: str) -> None:
-        """Let the reader see an error."""
-        self._outputs.put_nowait(EngineError(reason))
-        self._leave()
+    def fail(self, error: Exception) -> None:
+        """Cancel, and let the reader see an error."""
+        self._outputs.put_nowait(error)
+        self.cancel()
 
     async def __aiter__(self):
         while (output := await self._outputs.get()) is not None:
-            if isinstance(output, EngineError):
+            if isinstance(output, Exception):
                 raise output
             self.token_ids += output
             yield output
@@ -241,7 +213,7 @@ class Generation:
     def _receive(self, output) -> None:
         """Called in the event loop for every token."""
         if output.error:
-            self.fail("推理引擎出错了 [engine error]：请过几秒再试")
+            self.fail(EngineError("推理引擎出错了 [engine error]：请过几秒再试"))
             return
         # Only what is new is kept for a reader who may be slow: every output holds the whole reply.
         self._outputs.put_nowait(output.generated_tokens[self._received :])
@@ -251,9 +223,8 @@ class Generation:
             self._leave()
 
     def _leave(self) -> None:
-        self._running.discard(self)
-        # A cancelled request gets no last event, and its handler would stay for ever.
-        self._manager.output_router.result_handlers.pop(self._id, None)
+        self._engine.running.discard(self)
+        compat.forget_request(self._manager, self._id)
 
 
 def shared_copy(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,86 +1,68 @@
-"""One request from prompt to answer: measured, logged, and cancelled when the client goes away."""
+"""One request from prompt to answer: whole characters cut at stop texts, measured, logged, cancelled if the client goes."""
 
 import asyncio
+import contextlib
 import logging
+import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from collections.abc import AsyncIterator
 
 from fastapi import Request
 
-from ..characters import SessionMeta
-from .metrics import Stopwatch
-from .service import Started
-from .text import Piece, read_text
+from ..chat.generation import STOP_IDS, StreamDecoder
+from ..errors import HelpersError
+from .engine import Generation
+from .schemas import ChatRequest, LessonRequest
 
 logger = logging.getLogger("helpers.serving")
 
-SESSION_HEADER, SESSION_CHARACTERS = "x-session-id", 128
-Prompt = tuple[SessionMeta, list[list[dict]]]
+
+class ClientGoneError(HelpersError):
+    """The client has gone away while its reply was written."""
 
 
 class Exchange:
     """A reply that has begun: read `pieces`, then `close`; or let `whole` do both."""
 
-    def __init__(self, request: Request, stopwatch: Stopwatch, started: Started, stops: Iterable[str]):
+    def __init__(self, request: Request, body: LessonRequest | ChatRequest, generation: Generation, start: float):
         self.id = uuid.uuid4().hex
-        self.request, self.stopwatch = request, stopwatch
+        self.request, self.generation, self.stops = request, generation, body.stops()
+        self.metrics, self.tokenizer = request.app.state.metrics, request.app.state.service.tokenizer
         request.state.begun = True
-        self.generation, self.prompt_tokens = started.generation, started.prompt_tokens
+        self.start, self.first_token = start, None  # seconds of time.perf_counter()
+        self.finish_reason: str | None = None  # "stop" or "length"; "failed"
         self.texts: dict[str, str] = {}  # for the log, if asked for
-        self.last = Piece("", 0)
-        self.failed = self._closed = False
-        self.pieces = self._measured(read_text(request.app.state.service.tokenizer, self.generation, stops))
+        self.pieces = self._read()
+        self._closed = False
 
     @classmethod
-    async def begin(
-        cls,
-        request: Request,
-        model: str | None,
-        make_prompt: Callable[[SessionMeta | None], Prompt],
-        parameters: dict,
-        stops: Iterable[str] = (),
-    ) -> "Exchange":
-        """Start the reply to a request.
-
-        Args:
-            model: of the request: the name of the model, an adapter or a character.
-            make_prompt: given the character that `model` names, if any.
-            parameters: for `GenerationParameters`.
-
-        Raises:
-            HelpersError: the request cannot be answered; nothing is left behind.
-        """
-        stopwatch, service = Stopwatch(request.app.state.metrics), request.app.state.service
-        engine, character = service.choose(model)
-        persona, turns = make_prompt(character)
-        session = request.headers.get(SESSION_HEADER, "")[:SESSION_CHARACTERS]
-        started = await service.start(engine, persona, turns, parameters, session or None)
-        exchange = cls(request, stopwatch, started, stops)
-        if request.app.state.log_text:
+    async def begin(cls, request: Request, body: LessonRequest | ChatRequest) -> "Exchange":
+        """Start the reply to a request. Raises HelpersError if that is not possible; nothing is left behind then."""
+        start, state = time.perf_counter(), request.app.state
+        engine, character = state.service.choose(body.model)
+        persona, turns = body.conversation(character)
+        generation = await state.service.start(engine, persona, turns, body.generation())
+        exchange = cls(request, body, generation, start)
+        if state.log_text:
             exchange.texts = {"query": turns[-1][-1]["content"], "reply": ""}
         return exchange
 
-    async def whole(self) -> str | None:
-        """The whole reply, or None if the client has gone away."""
-
-        async def read() -> str:
-            return "".join([piece.text async for piece in self.pieces])
-
+    async def whole(self) -> str:
+        """The whole reply. Raises ClientGoneError, EngineError."""
         try:
-            return await self._unless_gone(read())
+            async with self._watching_client():
+                return "".join([piece async for piece in self.pieces])
         finally:
             self.close()
 
-    async def first(self) -> Piece | None:
-        """The first of `pieces`, or None if the client has gone away. Until then no status has been sent."""
-        piece = None
+    async def first_piece(self) -> str:
+        """The first of `pieces`; until then no status has been sent. Raises ClientGoneError, EngineError."""
         try:
-            piece = await self._unless_gone(anext(self.pieces))
-        finally:
-            if piece is None:
-                self.close()
-        return piece
+            async with self._watching_client():
+                return await anext(self.pieces)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the reply if it is still being written, count it and log it. A second call does nothing."""
@@ -88,33 +70,71 @@ class Exchange:
             return
         self._closed = True
         self.generation.cancel()
-        outcome = "failed" if self.failed else self.last.finish_reason or "aborted"
-        facts = {"id": self.id, "path": self.request.url.path, "prompt_tokens": self.prompt_tokens}
-        logger.info("request", extra=facts | self.generation.facts | self.stopwatch.end(outcome) | self.texts)
+        outcome, now, tokens = self.finish_reason or "aborted", time.perf_counter(), len(self.generation.token_ids)
+        self.metrics.requests.labels(outcome).inc()
+        if outcome == "aborted":
+            self.metrics.aborted.inc()
+        if tokens > 1:
+            self.metrics.per_token.observe((now - self.first_token) / (tokens - 1))
+        facts = {
+            "id": self.id,
+            "path": self.request.url.path,
+            "outcome": outcome,
+            "seconds": round(now - self.start, 4),
+        }
+        facts["first_token_seconds"] = self.first_token and round(self.first_token - self.start, 4)
+        facts |= {"prompt_tokens": self.generation.prompt_tokens, "new_tokens": tokens}
+        logger.info("request", extra=facts | self.texts)
 
-    async def _measured(self, pieces):
+    async def _read(self) -> AsyncIterator[str]:
+        """The reply as it grows, up to the first stop text.
+
+        What could be the beginning of one is held back until it is clear: the last three characters of "好的。\\n旅人", if
+        "\\n旅人:" is to end the reply.
+        """
+        decoder, sent = StreamDecoder(self.tokenizer), 0
+        held = max((len(stop) for stop in self.stops), default=1) - 1
         try:
-            async for piece in pieces:
-                self.stopwatch.note(piece.tokens)
-                self.last = piece
-                if self.texts:
-                    self.texts["reply"] += piece.text
-                yield piece
-        except Exception:
-            self.failed = True
+            async for token_ids in self.generation:
+                self._count(len(token_ids))
+                text = decoder.add(token_ids)
+                cut = min((place for stop in self.stops if (place := text.find(stop)) >= 0), default=None)
+                if cut is not None:
+                    self.finish_reason = "stop"
+                    yield self._noted(text[sent:cut])
+                    return
+                if (safe := len(text) - held) > sent:
+                    yield self._noted(text[sent:safe])
+                    sent = safe
+            self.finish_reason = "stop" if self.generation.token_ids[-1] in STOP_IDS else "length"
+            yield self._noted(decoder.text[sent:])
+        except Exception as error:
+            self.finish_reason = None if isinstance(error, ClientGoneError) else "failed"
             raise
 
-    async def _unless_gone(self, work: Coroutine) -> Any:
-        """The result of `work`, or None, with `work` cancelled, if the client disconnects first."""
-        task, gone = asyncio.ensure_future(work), asyncio.create_task(self._disconnected())
-        try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return task.result() if task.done() else None
-        finally:
-            gone.cancel()
-            task.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
+    def _count(self, tokens: int) -> None:
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+            self.metrics.first_token.observe(self.first_token - self.start)
+        self.metrics.tokens.inc(tokens)
 
-    async def _disconnected(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
+    def _noted(self, piece: str) -> str:
+        if self.texts:
+            self.texts["reply"] += piece
+        return piece
+
+    @contextlib.asynccontextmanager
+    async def _watching_client(self):
+        """Until the status is sent, nobody else notices that the client has gone: the reader then gets an error."""
+
+        async def wait_for_end() -> None:
+            while (await self.request.receive())["type"] != "http.disconnect":
+                pass
+            self.generation.fail(ClientGoneError("客户端已断开 [client gone]"))
+
+        watcher = asyncio.create_task(wait_for_end())
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)

@@ -6,14 +6,9 @@ and gives the same distribution as `generate`.
 """
 
 import torch
-from transformers import LogitsProcessorList
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
-from ..generation import GenerationParameters
+from ..chat.generation import GenerationParameters
+from .compat import ContinuousBatchingLogitsProcessor, FutureRequestState, RequestState
 
 SMALLEST_DIVISOR = 1e-4  # a score divided by less could become infinite; a temperature this low is greedy already
 
@@ -22,9 +17,7 @@ class Sampling:
     """The parameters of one request, and what has to be remembered from token to token.
 
     Args:
-        parameters: do_sample, temperature, top_k, top_p, repetition_penalty and seed are used.
-        vocabulary: how many tokens the model scores.
-        device: where the model computes.
+        vocabulary: how many tokens the model scores; device: where it computes.
     """
 
     def __init__(self, parameters: GenerationParameters, vocabulary: int, device: torch.device):
@@ -33,9 +26,8 @@ class Sampling:
         self.top_k = min(parameters.top_k or vocabulary, vocabulary)
         self.temperature = max(parameters.temperature, SMALLEST_DIVISOR)
         self.repetition_penalty = max(parameters.repetition_penalty, SMALLEST_DIVISOR)
-        self.generator: torch.Generator | None = None
-        if parameters.seed is not None:
-            self.generator = torch.Generator(device).manual_seed(parameters.seed)
+        seeded = parameters.seed is not None
+        self.generator = torch.Generator(device).manual_seed(parameters.seed) if seeded else None
         self.seen: torch.Tensor | None = None  # [vocabulary] bool: tokens of the prompt and the reply
 
     def __deepcopy__(self, memo) -> "Sampling":
@@ -55,9 +47,7 @@ class Sampling:
 class RequestSampler(ContinuousBatchingLogitsProcessor):
     """Turns the scores of a batch into 1 for the token chosen in each row and 0 elsewhere; the engine takes the argmax.
 
-    Args:
-        device: where the model computes; unseeded rows are drawn with a generator of this sampler, so that they do not
-            disturb torch's global one.
+    Unseeded rows are drawn with a generator of this sampler, so that torch's global one is not disturbed.
     """
 
     supported_kwargs = {"sampling": Sampling}
@@ -129,20 +119,13 @@ def likely_tokens(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
         scores: [rows, vocabulary]; top_k: [rows, 1], from 1 to the size of the vocabulary; top_p: [rows, 1].
 
     Returns:
-        Two tensors [rows, largest top_k]; the rows of the first need not add up to 1. The likeliest token always stays,
-        even where the model's scores are not numbers: drawing from nothing would stop the engine for everyone.
+        Two tensors [rows, largest top_k]; the rows of the first need not add up to 1.
     """
     best, ids = scores.topk(int(top_k.max()))
     best = best.masked_fill(torch.arange(best.shape[1], device=scores.device) >= top_k, -torch.inf)
     probabilities = best.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier tokens
     kept = probabilities.masked_fill((before >= top_p) & (top_p < 1), 0.0).nan_to_num(0.0)
+    # The likeliest always stays, even if the scores are not numbers: drawing from nothing stops the engine for everyone.
     kept[:, 0] = probabilities[:, 0].nan_to_num(1.0)
     return kept, ids
-
-
-def request_processors(device: torch.device) -> ContinuousBatchingLogitsProcessorList:
-    """The list of processors for a continuous-batching manager: only ours."""
-    processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RequestSampler(device)]))
-    processors.tensors_required = 1  # the list counts only processors that it converted itself
-    return processors

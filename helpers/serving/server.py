@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,13 +18,13 @@ from fastapi import FastAPI
 from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import HelpersError
-from ..loading import load
+from ..model.loading import load
 from ..network import DEFAULT_PORT, free_port, is_loopback, listen
-from ..receipt import PROJECT_DIR
+from ..paths import PROJECT_DIR
 from .app import create_app
-from .limits import SEND_SECONDS
 
 API_KEY_VARIABLE = "CHARACTERGLM_API_KEY"
+SEND_SECONDS = 30.0  # how long a client may leave what is sent to it unread
 
 
 def serve(
@@ -40,51 +41,47 @@ def serve(
     add_page: Callable[[FastAPI, tuple], object] | None = None,
     **app_options,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; replies being written may then take `grace_seconds` to end.
+    """Serve what `create_app` makes until SIGTERM or Ctrl-C; replies may then take `grace_seconds` to end.
 
     Args:
-        model, app_options: for `create_app`.
-        host: other machines can reach only a server that is not bound to 127.0.0.1; that needs an `api_key`, or
-            `insecure`.
+        host: other machines reach only one that is not 127.0.0.1; that needs an `api_key`, or `insecure`.
         threads: for torch on a CPU; by default one core is left for the network, or tokens would wait for each other.
-        cluster: replicas, max_replicas, gpus_per_replica, ray_address; see `ClusterOptions`. Several copies of the
-            model then serve on Ray, behind the same app.
-        add_page: called with the app and (model, tokenizer), which are then loaded before the server answers: a web
-            page on the same model. A tab that is open at the end keeps its connection for `grace_seconds`.
-        until_stdin_closes: also end when standard input does, that is, when the process that started this one is gone.
+        cluster: for `serve_replicas`: several copies of the model then serve, on Ray.
+        add_page: called with the app and (model, tokenizer): a web page on the same model.
+        until_stdin_closes: also end when the process that started this one is gone.
 
     Raises:
         HelpersError: the host needs a key, the port is taken, Ray is missing, or the model cannot be loaded.
     """
-    api_key = api_key or None  # an empty one would let everybody in
-    require_key(host, api_key, insecure)
-    if cluster is not None and add_page is not None:
+    app_options["api_key"] = api_key = api_key or None  # an empty one would let everybody in
+    check_key(host, api_key, insecure)
+    if until_stdin_closes:
+        threading.Thread(target=lambda: (sys.stdin.read(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+    if cluster is None:
+        serve_here(model, host, port, grace_seconds, threads or default_threads(), add_page, app_options)
+        return
+    if add_page is not None:
         raise HelpersError(
             "网页要用这个进程里的模型，不能和 --replicas 一起用 [page needs one model]：另开 python -m helpers demo"
         )
+    from .replicas import Replicas, serve_replicas
+
+    serve_replicas(model, host, port, grace_seconds, app_options, Replicas(**cluster, threads=threads))
+
+
+def serve_here(model, host: str, port: int, grace_seconds: int, threads: int, add_page, app_options: dict) -> None:
+    """Serve one model in this process."""
     listener = open_listener(host, port)
-    replicas = None if cluster is None else _make_cluster(cluster, f"characterglm-{socket.gethostname()}-{port}")
-    if replicas is not None:
-        app_options["make_service"] = replicas.service
-    torch.set_num_threads(threads or default_threads())
-    _log_as_json()
-    failed = threading.Event()
-
-    def stop() -> None:
-        server.should_exit = True
-
+    torch.set_num_threads(threads)
+    log_as_json()
     if add_page is not None:
-        model = load(model)
-    app = create_app(model, api_key=api_key, on_failure=lambda: (failed.set(), stop()), **app_options)
+        model = load(model)  # before the server answers
+    app = create_app(model, on_failure=lambda: setattr(server, "should_exit", True), **app_options)
     if add_page is not None:
         add_page(app, model)
-    if replicas is not None:
-        replicas.connect(threads)
     server = uvicorn.Server(uvicorn_config(app, grace_seconds))
-    if until_stdin_closes:
-        threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
     server.run(sockets=[listener])
-    if failed.is_set():
+    if app.state.service.failure is not None:
         raise HelpersError(f"模型没有加载成功 [cannot load the model]：{app.state.service.failure}")
 
 
@@ -92,14 +89,6 @@ def uvicorn_config(app, grace_seconds: int) -> uvicorn.Config:
     """The same event loop and parser whether or not faster ones are installed, as Ray does: these are tested."""
     options = {"access_log": False, "log_config": None, "loop": "asyncio", "http": "h11"}
     return uvicorn.Config(app, timeout_graceful_shutdown=grace_seconds, **options)
-
-
-def _make_cluster(options: dict, name: str):
-    from .cluster import Cluster, ClusterOptions
-
-    chosen = ClusterOptions(**options)
-    chosen.check()
-    return Cluster(chosen, name)
 
 
 def default_threads() -> int:
@@ -111,13 +100,12 @@ def open_listener(host: str, port: int) -> socket.socket:
     """As `listen`; on Linux, the connection of a client that reads nothing for `SEND_SECONDS` is reset."""
     listener = listen(host, port)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # Closing such a connection would not be enough: what is left to send would keep it open.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
     return listener
 
 
-def require_key(host: str, api_key: str | None, insecure: bool) -> None:
-    """Refuse to let other machines in without a key, unless the user insists; and a key that nobody could send."""
+def check_key(host: str, api_key: str | None, insecure: bool) -> None:
+    """Let nobody from other machines in without a key, unless the user insists; and take no key that cannot be sent."""
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
         raise HelpersError("API key 只能用可打印的 ASCII 字符，首尾不能有空格 [invalid api key]：HTTP 头里放不下别的")
     if api_key is None and not insecure and not is_loopback(host):
@@ -127,7 +115,8 @@ def require_key(host: str, api_key: str | None, insecure: bool) -> None:
         )
 
 
-def _log_as_json() -> None:
+def log_as_json() -> None:
+    """Everything that is logged, a line each."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", json_ensure_ascii=False))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -156,13 +145,11 @@ class Server:
             print(f"端口 {port} 已被占用 [port in use]，改用 {self.port}")
         self.url, self.log_file = f"http://127.0.0.1:{self.port}", log_file
         python_path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH")]))
-        self.environment = {**os.environ, "PYTHONPATH": python_path, "PYTHONIOENCODING": "utf-8"}
-        self.environment[API_KEY_VARIABLE] = api_key or ""
-        self.environment.setdefault("OMP_NUM_THREADS", str(default_threads()))  # a script gets as many as `serve` takes
-        if script is None:
-            arguments = ["-m", "helpers", "serve", "--model", model, "--port", self.port, "--until-stdin-closes"]
-        else:
-            arguments = [script, model, self.port]
+        # A script gets as many threads as `serve` takes.
+        self.environment = {"OMP_NUM_THREADS": str(default_threads()), **os.environ, "PYTHONPATH": python_path}
+        self.environment |= {"PYTHONIOENCODING": "utf-8", API_KEY_VARIABLE: api_key or ""}
+        own = ["-m", "helpers", "serve", "--model", model, "--port", self.port, "--until-stdin-closes"]
+        arguments = own if script is None else [script, model, self.port]
         self.command = [sys.executable, *map(str, [*arguments, *options])]
         self.process: subprocess.Popen | None = None
 
@@ -177,18 +164,18 @@ class Server:
                 self.command, env=self.environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
             )
         atexit.register(self.stop)
-        deadline = time.monotonic() + seconds
+        deadline, ready = time.monotonic() + seconds, False
         try:
-            while time.monotonic() < deadline and self.process.poll() is None:
-                if self.health() == "ready":
-                    return self
+            while not ready and time.monotonic() < deadline and self.process.poll() is None:
                 time.sleep(0.2)
-        except KeyboardInterrupt:  # the cell was interrupted
-            self.stop()
-            raise
-        self.stop()
-        with open(self.log_file, encoding="utf-8", errors="replace") as log:
-            raise HelpersError(f"服务没有启动 [server did not start]：日志的最后几行是\n{log.read()[-2000:]}")
+                ready = self.health() == "ready"
+        finally:  # also if the cell was interrupted
+            if not ready:
+                self.stop()
+        if not ready:
+            with open(self.log_file, encoding="utf-8", errors="replace") as log:
+                raise HelpersError(f"服务没有启动 [server did not start]：日志的最后几行是\n{log.read()[-2000:]}")
+        return self
 
     def health(self) -> str:
         """ "ready", "loading", "dead", or "down" if nobody answers."""
@@ -199,15 +186,15 @@ class Server:
 
     def stop(self) -> None:
         """End the process; replies being written are finished first."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(timeout=40)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        if self.process is not None:
-            self.process.stdin.close()
+        if self.process is None:
+            return
+        self.process.terminate()  # does nothing if it has ended
+        try:
+            self.process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdin.close()
 
     def __enter__(self) -> "Server":
         return self.start()

@@ -3,17 +3,18 @@
 import asyncio
 import logging
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from ..characters import SessionMeta, load_characters
-from ..chat import fit_prompt
+from ..characters.personas import SessionMeta, load_characters
+from ..chat.fitting import fit_prompt
+from ..chat.generation import GenerationParameters, model_defaults
 from ..errors import EngineError, HelpersError
-from ..generation import GenerationParameters, model_defaults
-from ..loading import adapter_card, add_adapter, load, pick_model, resolve_model
+from ..model.adapters import adapter_card, add_adapter
+from ..model.loading import load, pick_model, resolve_model
 from .engine import Engine, Generation, shared_copy
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("helpers.serving")
 
 
 class UnknownModelError(HelpersError, KeyError):
@@ -21,14 +22,6 @@ class UnknownModelError(HelpersError, KeyError):
 
     def __str__(self) -> str:
         return self.args[0]
-
-
-@dataclass(frozen=True)
-class Started:
-    """A reply that has begun: read it from `generation`."""
-
-    generation: Generation
-    prompt_tokens: int
 
 
 class Service:
@@ -46,44 +39,37 @@ class Service:
         # An adapter speaks as the persona that is kept beside it.
         own_cards = {name: adapter_card(directory) for name, directory in self.adapters.items()}
         self.characters = load_characters() | {name: card for name, card in own_cards.items() if card}
+        self.model_names = [self.name, *self.adapters, *(n for n in self.characters if n not in self.adapters)]
         self.engines: dict[str, Engine] = {}
-        self.model = self.tokenizer = None
+        self.tokenizer = None
         self.defaults: dict = {}  # what the model's own files say about generation
         self.failure: Exception | None = None
         self._tokenizer_lock = threading.Lock()  # its settings are not made for several threads
 
     @property
-    def replicas(self) -> int:
-        """How many copies of the model serve."""
-        return 1 if self.engines else 0
-
-    @property
     def status(self) -> str:
         """ "loading", "ready", or "dead" while an engine is down or if the model could not be loaded."""
-        if self.failure is not None:
-            return "dead"
-        if not self.engines:
+        if self.failure is None and not self.engines:
             return "loading"
-        return "ready" if all(engine.alive for engine in self.engines.values()) else "dead"
+        return "ready" if self.engines and all(engine.alive for engine in self.engines.values()) else "dead"
 
-    @property
-    def model_names(self) -> list[str]:
-        """What a request may name as `model`: the model, its adapters, and the characters that ship."""
-        return [self.name, *self.adapters, *(name for name in self.characters if name not in self.adapters)]
-
-    async def load(self) -> None:
-        """Load the model and start the engines; `failure` tells if that did not work."""
+    async def load(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Load the model and start the engines, unless that is done; `failure` tells if it did not work."""
+        if self.status != "loading":
+            return
         engines: dict[str, Engine] = {}
         try:
-            engines = await self._load()
+            engines = await asyncio.to_thread(self._make_engines)
             for engine in engines.values():
                 await engine.start()
             self.engines = engines
+            logger.info("ready", extra={"model": self.name})
         except Exception as error:
+            logger.exception("cannot load the model")
             self.failure = error
             for engine in engines.values():
                 await engine.close()
-            raise
+            on_failure()
 
     async def close(self) -> None:
         """Stop the engines."""
@@ -91,16 +77,13 @@ class Service:
         for engine in engines.values():
             await engine.close()
 
-    async def _load(self) -> dict[str, Engine]:
-        return await asyncio.to_thread(self._make_engines)
-
     def _make_engines(self) -> dict[str, Engine]:
-        self.model, self.tokenizer = self.source if isinstance(self.source, tuple) else load(self.source)
-        self.defaults = model_defaults(self.model)
-        engines = {self.name: Engine(self.model, **self.engine_options)}
+        model, self.tokenizer = self.source if isinstance(self.source, tuple) else load(self.source)
+        self.defaults = model_defaults(model)
+        engines = {self.name: Engine(model, **self.engine_options)}
         for name, directory in self.adapters.items():
             # An engine and a KV cache of its own: switching adapters inside one batch gives wrong tokens.
-            adapted = add_adapter(shared_copy(self.model), directory).get_base_model()
+            adapted = add_adapter(shared_copy(model), directory).get_base_model()
             engines[name] = Engine(adapted, **self.engine_options)
         return engines
 
@@ -116,32 +99,29 @@ class Service:
             raise EngineError("模型还在加载 [loading]：请过几秒再试")
         return self.engines.get(name or self.name, self.engines[self.name]), self.characters.get(name or "")
 
-    async def start(
-        self,
-        engine: Engine,
-        persona: SessionMeta,
-        turns: list[list[dict]],
-        generation: dict,
-        session: str | None = None,
-    ) -> Started:
+    async def start(self, engine: Engine, persona: SessionMeta, turns: list, chosen: dict) -> Generation:
         """Begin a reply.
 
         Args:
-            turns: chat messages, as for `fit_prompt`; the oldest are left out if they do not fit.
-            generation: over the model's own defaults.
-            session: requests of one session go to one replica, where there are several.
+            turns: lists of chat messages, as for `fit_prompt`; the oldest are left out if they do not fit.
+            chosen: generation parameters, over the model's own defaults.
 
         Raises:
             ChatError: senseless parameters or a prompt that is too long; OverloadError, EngineError: see `Engine`.
         """
-        parameters = GenerationParameters.check({**self.defaults, **generation})
+        parameters = GenerationParameters.check({**self.defaults, **chosen})
         context = min(parameters.max_length or engine.context, engine.context)
         # Every message is two tokens at least: more turns cannot fit, and rendering them would hold up others.
         turns = turns[-max(1, context // 2) :]
-        with engine.admitted():
-            input_ids, _, max_new_tokens = await asyncio.to_thread(self._fit, persona, turns, parameters, context)
-        parameters.max_new_tokens = max_new_tokens
-        return Started(engine.generate(input_ids, parameters, session), len(input_ids))
+        generation = engine.reserve()
+        try:
+            input_ids, _, parameters.max_new_tokens = await asyncio.to_thread(
+                self._fit, persona, turns, parameters, context
+            )
+        except BaseException:
+            generation.cancel()
+            raise
+        return generation.start(input_ids, parameters)
 
     def _fit(self, *arguments):
         with self._tokenizer_lock:

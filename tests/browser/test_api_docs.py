@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 from helpers.serving import Server
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

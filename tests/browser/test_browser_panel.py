@@ -14,7 +14,7 @@ from test_lab import IDLE, open_notebook, run_all, scroll_through, use_nano
 
 import helpers
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.browser  # one test here is fast; the others are for `make test-slow`
 
 THEMES = "@jupyterlab/apputils-extension:themes"
 ATTACK = "<img src=http://example.invalid/x.png onerror=window.hit=1>"
@@ -135,6 +135,7 @@ def test_reply_grows_and_can_be_stopped(panel):
     assert field(panel).input_value() == ""
 
 
+@pytest.mark.slow
 def test_fast_typing_arrives_whole(panel):
     begin_anew(panel)
     text = "你好呀，" * 8
@@ -146,6 +147,7 @@ def test_fast_typing_arrives_whole(panel):
     assert messages(panel)[1] == text
 
 
+@pytest.mark.slow
 def test_regenerate_swipe_undo_and_edit(panel):
     begin_anew(panel)
     say(panel, "你好呀")
@@ -179,6 +181,7 @@ def test_regenerate_swipe_undo_and_edit(panel):
     assert messages(panel)[1] == "早上好"
 
 
+@pytest.mark.slow
 def test_what_is_written_is_not_run(panel):
     begin_anew(panel)
     say(panel, ATTACK)
@@ -187,6 +190,7 @@ def test_what_is_written_is_not_run(panel):
     assert panel.locator(".jp-OutputArea img").count() == 0
 
 
+@pytest.mark.slow
 def test_each_character_keeps_its_conversation(panel):
     begin_anew(panel)
     say(panel, "你好呀")
@@ -200,6 +204,7 @@ def test_each_character_keeps_its_conversation(panel):
     assert messages(panel) == before
 
 
+@pytest.mark.slow
 def test_persona_is_checked_and_applied(panel):
     begin_anew(panel)
     open_section(panel, "人设")
@@ -214,6 +219,7 @@ def test_persona_is_checked_and_applied(panel):
     expect(panel.get_by_role("alert")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_export_and_import(panel, tmp_path):
     begin_anew(panel)
     say(panel, "你好呀")
@@ -244,6 +250,7 @@ def test_export_and_import(panel, tmp_path):
     panel.get_by_label("角色", exact=True).select_option("苏梦远")
 
 
+@pytest.mark.slow
 def test_parameters_moved_while_a_reply_is_written(panel):
     begin_anew(panel)
     open_section(panel, "参数")
@@ -255,6 +262,7 @@ def test_parameters_moved_while_a_reply_is_written(panel):
     expect(slider.locator(".widget-readout")).to_have_text("0.40")
 
 
+@pytest.mark.slow
 def test_reload_and_second_view_lose_nothing(panel):
     """The panel lives in the kernel: the reader runs a cell and has the same conversation again."""
     begin_anew(panel)
@@ -278,6 +286,7 @@ def test_reload_and_second_view_lose_nothing(panel):
     expect(button(panel, "停止").first).to_be_disabled(timeout=30_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, theme, width", [("dark", "JupyterLab Dark", 1280), ("narrow", "JupyterLab Light", 520)])
 def test_looks_right_in_the_dark_and_in_a_narrow_window(lab, page, name, theme, width):
     address, folder = lab
@@ -321,6 +330,7 @@ def contrast(page, selector: str) -> float:
     return (max(colours) + 0.05) / (min(colours) + 0.05)
 
 
+@pytest.mark.slow
 def test_notebook_03_runs_and_its_panel_shows_the_scripted_conversation(tmp_path, page):
     copy_notebooks(tmp_path / "notebooks")
     with running_lab(tmp_path) as address:

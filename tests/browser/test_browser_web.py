@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 import helpers
 from helpers.demo.web import launch
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.browser  # one test here is fast; the others are for `make test-slow`
 
 LONG = {"do_sample": False, "min_new_tokens": 40, "max_new_tokens": 40, "repetition_penalty": 1.3}
 ATTACK = '<img src="http://example.invalid/x.png" onerror="window.hit=1"><script>window.hit=1</script>'
@@ -106,6 +106,7 @@ def test_reply_is_seen_growing(chat):
     expect(chat.locator("#meter")).to_contain_text("之后每秒")
 
 
+@pytest.mark.slow
 def test_stop_regenerate_swipe_undo(chat):
     say(chat, "讲个故事")
     chat.wait_for_timeout(500)
@@ -132,6 +133,7 @@ def test_stop_regenerate_swipe_undo(chat):
     expect(chat.locator("#problem")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_double_click_sends_once(chat):
     box(chat).fill("你好")
     chat.locator("#send").dblclick()
@@ -141,6 +143,7 @@ def test_double_click_sends_once(chat):
     expect(chat.locator("#problem")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_next_message_can_be_typed_during_a_reply(chat):
     say(chat, "讲个故事")
     box(chat).press_sequentially("下一句")
@@ -150,6 +153,7 @@ def test_next_message_can_be_typed_during_a_reply(chat):
     expect(box(chat)).to_have_value("下一句")
 
 
+@pytest.mark.slow
 def test_edit_and_clear(chat):
     say(chat, "你好")
     ready(chat)
@@ -165,6 +169,7 @@ def test_edit_and_clear(chat):
     expect(chat.locator("#log .cg-message")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_character_persona_and_parameters(chat):
     say(chat, "你好")
     box(chat, "temperature").fill("1.5")  # moved while the reply is written
@@ -193,6 +198,7 @@ def pick(page, name):
     expect(page.locator("#bot_name textarea, #bot_name input").first).to_have_value(name)
 
 
+@pytest.mark.slow
 def test_export_and_import(chat, tmp_path):
     say(chat, "你好")
     ready(chat)
@@ -223,6 +229,7 @@ def upload(page, file):
     page.locator("input[type=file]").first.set_input_files(file)
 
 
+@pytest.mark.slow
 def test_attack_does_nothing(chat):
     for name in ("bot_info", "user_info", "greeting"):
         box(chat, name).fill(ATTACK)
@@ -241,6 +248,7 @@ def test_attack_does_nothing(chat):
     assert chat.locator("#conversation img, #conversation script, #conversation b").count() == 0
 
 
+@pytest.mark.slow
 def test_a_tab_keeps_its_stream(chat):
     """Gradio would open and close one for every click, and now and then lose a click in between."""
     opened = []
@@ -253,6 +261,7 @@ def test_a_tab_keeps_its_stream(chat):
     assert opened == []
 
 
+@pytest.mark.slow
 def test_reload_keeps_the_conversation(chat):
     say(chat, "你好")
     ready(chat)
@@ -262,6 +271,7 @@ def test_reload_keeps_the_conversation(chat):
     assert texts(chat) == before
 
 
+@pytest.mark.slow
 def test_reload_during_a_reply(chat):
     say(chat, "讲个故事")
     reload(chat)
@@ -270,6 +280,7 @@ def test_reload_during_a_reply(chat):
     assert len(texts(chat)) == 3 and texts(chat)[1] == "讲个故事"
 
 
+@pytest.mark.slow
 def test_second_tab_follows_the_first(chat):
     with second_tab(chat) as other:
         say(chat, "你好")
@@ -285,6 +296,7 @@ def test_second_tab_follows_the_first(chat):
         assert texts(other)[1] == "师父好" and texts(chat)[3] == "还在吗"
 
 
+@pytest.mark.slow
 def test_two_visitors_at_once(chat, url):
     other = chat.context.browser.new_page()
     open_page(other, url)
@@ -296,6 +308,7 @@ def test_two_visitors_at_once(chat, url):
     other.close()
 
 
+@pytest.mark.slow
 def test_password_is_asked_for(page, nano):
     with launch(*nano, port=0, password="reader:secret") as demo:
         page.goto(demo.url)
@@ -306,6 +319,7 @@ def test_password_is_asked_for(page, nano):
     assert page.outside_requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "width", "scheme"), [("desktop", 1280, "light"), ("dark", 1280, "dark"), ("phone", 390, "light")]
 )

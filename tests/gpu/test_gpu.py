@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import helpers
-from helpers.download import find_downloaded
-from helpers.loading import MIN_GPU_GIB, gpu_gib
+from helpers.model.download import find_downloaded
+from helpers.model.loading import MIN_GPU_GIB, gpu_gib
 
 PROJECT = Path(__file__).parents[2]
 RESULTS = PROJECT / "benchmarks" / "results"

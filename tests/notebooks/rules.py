@@ -11,7 +11,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 from papermill.translators import papermill_translators
 
-from helpers.refresh import PERSONAL_PATH, WIDGET_VIEW
+from helpers.tools.refresh import PERSONAL_PATH, WIDGET_VIEW
 
 MAX_CELL_LINES = 15
 MAX_FILE_BYTES = 300_000

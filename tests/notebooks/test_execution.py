@@ -1,8 +1,10 @@
 """Every notebook runs headless on Nano, from any folder; what cannot run says why."""
 
+import functools
 import json
 import re
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,29 +12,45 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from helpers.cli.app import main
 from helpers.network import port_is_free
-from helpers.runner import NOTEBOOKS_DIR, find_notebooks
+from helpers.tools import runner
+from helpers.tools.runner import NOTEBOOKS_DIR, find_notebooks
 
 NUMBERS = sorted(path.name[:2] for path in NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", NUMBERS)
-def test_notebook_runs_on_nano(run_command, tmp_path: Path, number: str) -> None:
-    done = run_command("-m", "helpers", "run", number, "--model", "nano", "--output-dir", "out")
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """All notebooks, run once, in order, as `make run` does, but from a folder of their own: its outputs, what was printed."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "-m", "helpers", "run", "--model", "nano", "--output-dir", "out"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return folder / "out", done.stdout + done.stderr
 
-    receipt = json.loads((tmp_path / "out" / f"receipt_{number}.json").read_text(encoding="utf-8"))
+
+def test_the_run_as_a_whole_is_reported(run: tuple[Path, str]) -> None:
+    outputs, printed = run
+    report = json.loads((outputs / "run.json").read_text(encoding="utf-8"))
+    assert report["status"] == "ok", printed
+    assert [entry["notebook"][:2] for entry in report["notebooks"]] == NUMBERS
+    assert printed.count("成功 ok") == len(NUMBERS)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_notebook_runs_on_nano(run: tuple[Path, str], number: str) -> None:
+    outputs, printed = run
+    report = json.loads((outputs / "run.json").read_text(encoding="utf-8"))
+    (result,) = (entry for entry in report["notebooks"] if entry["notebook"].startswith(number))
+    assert (result["status"], result["receipt"]) == ("ok", f"receipt_{number}.json"), printed
+
+    receipt = json.loads((outputs / result["receipt"]).read_text(encoding="utf-8"))
     assert receipt["notebook"] == number
     assert receipt["parameters"]["MODEL"] == "nano"
     assert receipt["versions"]["torch"]
     assert receipt["metrics"]
 
-    report = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
-    (result,) = report["notebooks"]
-    assert (report["status"], result["status"], result["receipt"]) == ("ok", "ok", f"receipt_{number}.json")
-
-    executed = nbformat.read(tmp_path / "out" / result["executed"], as_version=4)
+    executed = nbformat.read(outputs / result["executed"], as_version=4)
     assert "widgets" not in executed.metadata
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
 
@@ -69,48 +87,54 @@ def test_a_failing_cell_leaves_no_server_behind(run_command, tmp_path: Path) -> 
         time.sleep(0.2)
 
 
-def test_unknown_parameter_is_refused_before_anything_runs(run_command, tmp_path: Path) -> None:
-    done = run_command("-m", "helpers", "run", "01", "--model", "nano", "-p", "OUTPUT_DIRR", "x")
-    assert done.returncode == 1
-    assert "OUTPUT_DIRR" in done.stderr
-    assert "unknown parameter" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Runs `python -m helpers ...` in this process, in an empty folder: exit status and standard error."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["helpers", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().err
+
+    return call
+
+
+def test_unknown_parameter_is_refused_before_anything_runs(command, tmp_path: Path) -> None:
+    code, said = command("run", "01", "--model", "nano", "-p", "OUTPUT_DIRR", "x")
+    assert code == 1
+    assert said.startswith("错误 [error]：") and said.count("\n") == 1
+    assert "OUTPUT_DIRR" in said and "unknown parameter" in said
     assert list(tmp_path.iterdir()) == []
 
 
 def test_failing_cell_is_shown_with_number_source_and_traceback(
-    run_command, tmp_path: Path, good_notebook: nbformat.NotebookNode
+    command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, good_notebook: nbformat.NotebookNode
 ) -> None:
     folder = tmp_path / "notebooks"
     folder.mkdir()
     nbformat.write(good_notebook, folder / "01_small.ipynb")
-    # The command line with another folder of notebooks than the project's.
-    script = (
-        "import functools, sys; from pathlib import Path; from helpers import runner; from helpers.__main__ import main;"
-        "runner.run_notebooks = functools.partial(runner.run_notebooks, notebooks_dir=Path('notebooks')); main()"
-    )
-    done = run_command("-c", script, "run", "01", "--model", "nano", "-p", "STEPS", "0")
-    assert done.returncode == 1
-    assert "cell 4 failed" in done.stderr
-    assert "10 // STEPS" in done.stderr
-    assert "ZeroDivisionError" in done.stderr
-    assert "\x1b[" not in done.stderr
+    there = functools.partial(runner.run_notebooks, notebooks_dir=folder)
+    monkeypatch.setattr(runner, "run_notebooks", there)
+    code, said = command("run", "01", "--model", "nano", "-p", "STEPS", "0")
+    assert code == 1
+    assert "cell 4 failed" in said and "10 // STEPS" in said and "ZeroDivisionError" in said
+    assert "\x1b[" not in said
     executed = nbformat.read(tmp_path / "outputs" / "01_small.ipynb", as_version=4)
     assert "ZeroDivisionError" in str(executed.cells)
-    assert sys.executable not in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["run", "99"], 1, "notebook not found"),
-        (["run", "-p", "STEPS"], 2, "-p NAME VALUE"),
+        (["run", "-p", "STEPS"], 2, "'-p' requires 2 arguments"),
         (["run", "--no-such-option"], 2, "no-such-option"),
         (["no-such-command"], 2, "no-such-command"),
     ],
 )
-def test_bad_usage_is_one_clear_message(run_command, arguments: list[str], code: int, message: str) -> None:
-    done = run_command("-m", "helpers", *arguments)
-    assert done.returncode == code
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_usage_is_one_clear_message(command, arguments: list[str], code: int, message: str) -> None:
+    found, said = command(*arguments)
+    assert found == code
+    assert message in said

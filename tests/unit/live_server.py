@@ -11,22 +11,17 @@ import openai
 import torch
 import uvicorn
 
-from helpers.generation import STOP_IDS, GenerationParameters, PromptCache, Reply
+from helpers.chat.generation import STOP_IDS, GenerationParameters
+from helpers.chat.reply import PromptCache, Reply
 from helpers.serving.app import create_app
-from helpers.serving.limits import RequestLimits
 from helpers.serving.server import open_listener, uvicorn_config
 
 
 class LiveServer:
-    """The application served from a thread of this process, so that a test can look inside.
+    """The application served from a thread of this process, so that a test can look inside."""
 
-    Args:
-        limits: for `RequestLimits`, where a test cannot wait for so long.
-    """
-
-    def __init__(self, app, **limits):
+    def __init__(self, app):
         self.app, self.service, self.listener = app, app.state.service, open_listener("127.0.0.1", 0)
-        next(m for m in app.user_middleware if m.cls is RequestLimits).kwargs.update(limits)
         self.server = uvicorn.Server(uvicorn_config(app, 5))
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import helpers
-from helpers.characters import CHARACTERS_FILE, CharacterCard, SessionMeta, as_session_meta
+from helpers.characters.personas import CHARACTERS_FILE, CharacterCard, SessionMeta, as_session_meta
 from helpers.errors import CharacterError
 
 META = {"bot_name": "阿九", "bot_info": "飞船", "user_name": "林舟", "user_info": "船长"}

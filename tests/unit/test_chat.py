@@ -18,18 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import helpers
-from helpers.chat import build_messages, fit_history
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
+from helpers.chat.fitting import build_turns, encode_prompt, fit_turns
+from helpers.chat.generation import GenerationParameters, decode_growing, decode_reply, model_defaults
+from helpers.chat.reply import Reply
 from helpers.errors import BusyError, CharacterError, ChatError
-from helpers.generation import (
-    GenerationParameters,
-    Reply,
-    decode_growing,
-    decode_reply,
-    model_defaults,
-)
-from helpers.kv_cache import PromptCache, common_prefix_length
-from helpers.loading import NANO_DIR
+from helpers.model.kv_cache import PromptCache, common_prefix_length
+from helpers.model.loading import NANO_DIR
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "compact"
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -108,8 +103,12 @@ def text_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def reply_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "reply"]
+@pytest.fixture(autouse=True)
+def running(monkeypatch):
+    """The replies that have been started and not ended, at the time of the call."""
+    started, start = [], Reply.start
+    monkeypatch.setattr(Reply, "start", lambda self: started.append(self) or start(self))
+    return lambda: [reply for reply in started if reply.running]
 
 
 def wait_until(condition, seconds=60):
@@ -291,7 +290,8 @@ BAD_HISTORIES = [
 ]
 
 
-@pytest.mark.parametrize("history", BAD_HISTORIES, ids=repr)
+# ids: the repr of an iterator has its address, which is another one in each worker.
+@pytest.mark.parametrize("history", BAD_HISTORIES, ids=lambda history: repr(history).split(" at 0x")[0])
 def test_malformed_history_is_refused(nano, card, generated, history):
     with pytest.raises(ChatError, match="history"):
         helpers.chat(*nano, card, "你好", history)
@@ -404,37 +404,37 @@ def test_a_reply_stopped_before_its_turn_computes_nothing(nano):
     assert reply.statistics() == {}
 
 
-def test_stop_works_within_one_token(nano, session, passes_at_stop):
+def test_stop_works_within_one_token(nano, session, passes_at_stop, running):
     with each_forward(nano[0], slow()) as passes_at_stop.forwards:
         for number, _ in enumerate(session.stream("讲个很长的故事", **ENDLESS)):
             if number == 3:
                 session.stop()
         assert len(passes_at_stop.forwards) <= passes_at_stop[0] + 1 < LONG
-    assert reply_threads() == []
+    assert running() == []
 
 
-def test_closing_the_iterator_stops_within_one_token(nano, card, passes_at_stop):
+def test_closing_the_iterator_stops_within_one_token(nano, card, passes_at_stop, running):
     with each_forward(nano[0], slow()) as passes_at_stop.forwards:
         texts = helpers.stream_chat(*nano, card, "讲个很长的故事", **ENDLESS)
         next(texts), next(texts)
         texts.close()
         assert len(passes_at_stop.forwards) <= passes_at_stop[0] + 1 < LONG
-    assert reply_threads() == []
+    assert running() == []
 
 
-def test_abandoned_iterator_stops_when_collected(nano, session):
+def test_abandoned_iterator_stops_when_collected(nano, session, running):
     with each_forward(nano[0], slow()) as forwards:
         cycle = [session.stream("讲个很长的故事", **ENDLESS)]
         next(cycle[0])
         cycle.append(cycle)
         del cycle
         gc.collect()
-        assert reply_threads() == []
+        assert running() == []
         assert len(forwards) < LONG
     assert session.send("还在吗")
 
 
-def test_iterator_collected_in_its_own_reply_thread(nano, session, monkeypatch):
+def test_iterator_collected_in_its_own_reply_thread(nano, session, monkeypatch, running):
     problems = []
     monkeypatch.setattr(sys, "unraisablehook", problems.append)
     dropped = threading.Event()
@@ -452,17 +452,17 @@ def test_iterator_collected_in_its_own_reply_thread(nano, session, monkeypatch):
             cycle.append(cycle)
             del cycle
             dropped.set()
-            wait_until(lambda: not reply_threads())
+            wait_until(lambda: not running())
             assert len(forwards) < LONG
     finally:
         gc.enable()
     assert problems == []
 
 
-def test_iterator_left_alone_blocks_nobody(nano, session):
+def test_iterator_left_alone_blocks_nobody(nano, session, running):
     texts = session.stream("你好", **GREEDY)
     first = next(texts)
-    wait_until(lambda: not reply_threads())
+    wait_until(lambda: not running())
     assert session.history[-1][0] == "你好"
     reply = session.history[-1][1]
     assert reply.startswith(first)
@@ -491,7 +491,7 @@ def test_two_iterators_started_in_turn_lose_nothing(session):
     assert [query for query, _ in session.history[1:]] == ["一", "二"]
 
 
-def test_error_in_the_model_reaches_the_caller_and_the_session_goes_on(nano, card, session):
+def test_error_in_the_model_reaches_the_caller_and_the_session_goes_on(nano, card, session, running):
     session.send("你好")
     before = session.export()
 
@@ -504,7 +504,7 @@ def test_error_in_the_model_reaches_the_caller_and_the_session_goes_on(nano, car
     with each_forward(nano[0], fail), pytest.raises(RuntimeError, match="out of memory"):
         session.regenerate(**ENDLESS)
     assert session.export() == before
-    assert reply_threads() == []
+    assert running() == []
     assert session.send("再来") == helpers.chat(*nano, card, "再来", before["history"], **GREEDY)[0]
 
 
@@ -526,7 +526,7 @@ def test_error_between_two_layers_leaves_no_lopsided_cache(nano, card, session):
     assert session.send("再来") == helpers.chat(*nano, card, "再来", past, **GREEDY)[0]
 
 
-def test_keyboard_interrupt_keeps_what_there_is(nano, session, interruptible):
+def test_keyboard_interrupt_keeps_what_there_is(nano, session, interruptible, running):
     main = threading.main_thread().ident
 
     def interrupt(number, input_ids):
@@ -536,7 +536,7 @@ def test_keyboard_interrupt_keeps_what_there_is(nano, session, interruptible):
 
     with each_forward(nano[0], interrupt) as forwards, pytest.raises(KeyboardInterrupt):
         session.send("讲个很长的故事", **ENDLESS)
-    assert reply_threads() == []
+    assert running() == []
     assert len(forwards) < LONG
     assert session.history[-1][0] == "讲个很长的故事"
     assert session.history[-1][1]
@@ -579,16 +579,16 @@ def test_threads_with_seeds_are_each_repeatable(nano, card):
     assert together == alone
 
 
-def test_stop_while_another_conversation_has_its_turn(nano, card, session):
+def test_stop_while_another_conversation_has_its_turn(nano, card, session, running):
     with each_forward(nano[0], slow(0.05)):
         other = helpers.stream_chat(*nano, card, "讲个很长的故事", **ENDLESS)
         next(other)
         waiting = threading.Thread(target=lambda: session.send("你好"))
         waiting.start()
-        wait_until(lambda: len(reply_threads()) == 2)
+        wait_until(lambda: len(running()) == 2)
         session.stop()
         wait_until(lambda: not waiting.is_alive())
-        assert len(reply_threads()) == 1, "the other conversation was still going on"
+        assert len(running()) == 1, "the other conversation was still going on"
         other.close()
     assert session.history[-1] == ["你好", ""]
 
@@ -608,34 +608,35 @@ def persona_change(session):
 
 
 CHANGES = {
-    3: helpers.ChatSession.undo,
-    6: lambda session: session.edit(response="我改主意了，明天再说吧"),
-    9: persona_change,
-    11: lambda session: session.edit(query="换一个问题"),
-    13: lambda session: (session.undo(), session.undo()),
-    16: lambda session: session.edit(query="再换一个", response="好，换就换"),
-    18: persona_change,
+    2: helpers.ChatSession.undo,
+    4: lambda session: session.edit(response="我改主意了，明天再说吧"),
+    6: persona_change,
+    7: lambda session: session.edit(query="换一个问题"),
+    8: lambda session: (session.undo(), session.undo()),
+    10: lambda session: session.edit(query="再换一个", response="好，换就换"),
 }
 QUESTIONS = ["你好呀", "最近忙什么", "写歌了吗", "今天天气不错", "一起吃饭吧", "你害怕什么", "讲个笑话"]
 
 
-def test_greedy_session_equals_fresh_encoding_over_20_turns(nano, session, generated):
+def test_greedy_session_equals_fresh_encoding(nano, card, generated):
     """The kept KV cache must change nothing but the time: same replies, far fewer tokens computed."""
-    for turn in range(20):
+    short = {"do_sample": False, "max_new_tokens": 6}
+    session = helpers.ChatSession(*nano, card, **short)
+    for turn in range(12):
         if turn in CHANGES:
             CHANGES[turn](session)
         past = [list(entry) for entry in session.history]
         query = f"{QUESTIONS[turn % 7]}，第{turn}次"
         with each_forward(nano[0], slow(0)) as fed:
             reply = session.send(query)
-        assert reply == helpers.chat(*nano, session.session_meta, query, past, **GREEDY)[0], f"turn {turn}"
+        assert reply == helpers.chat(*nano, session.session_meta, query, past, **short)[0], f"turn {turn}"
         assert session.history == [*past, [query, reply]]
         assert generated[-1][0] == generated[-2][0], "session and chat had different prompts"
-        if turn not in (0, 9, 18):  # a new persona changes the prompt from its beginning
+        if turn not in (0, 6):  # a new persona changes the prompt from its beginning
             assert fed[0] < 100 and fed[0] < len(generated[-1][0]) / 2, f"turn {turn}: {fed[0]} tokens computed"
         if turn % 5 == 4:
             check_regenerate(nano, session, past, query)
-    assert len(session.history) == 1 + 20 - 3
+    assert len(session.history) == 1 + 12 - 3
 
 
 def check_regenerate(nano, session, past, query):
@@ -771,6 +772,41 @@ def test_stop_without_a_reply_does_nothing(nano, card, session):
     session.stop()
     assert first == helpers.chat(*nano, card, "你好", session.history[:1], **GREEDY)[0]
     assert session.send("你好", min_new_tokens=5)
+
+
+# --- in the background
+
+
+def test_a_reply_grows_in_the_background(nano, card, session):
+    assert session.draft is None
+    with each_forward(nano[0], slow()):
+        reply, drafts = session.begin("你好", min_new_tokens=12), []
+        while not reply.wait(0.005):
+            drafts += [session.draft] if session.draft else []
+    texts = [text for _, _, text in drafts]
+    assert len(set(texts)) > 3
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:]))
+    assert {(str(past), query) for past, query, _ in drafts} == {(str([["", card.greeting]]), "你好")}
+    assert session.draft is None and session.history[-1][1].startswith(texts[-1])
+
+
+def test_another_reply_in_the_background_takes_the_place_of_the_last(session):
+    first = session.send("你好")
+    session.begin_again(do_sample=True, temperature=2.0, seed=1).wait()
+    assert session.alternatives[0] == first and len(session.alternatives) == 2
+    with pytest.raises(ChatError, match="empty text"):
+        session.begin(" ")
+
+
+def test_why_a_reply_failed_is_known_until_the_conversation_goes_on(nano, session):
+    def fail(number, input_ids):
+        raise RuntimeError("broken")
+
+    with each_forward(nano[0], fail):
+        session.begin("你好").wait()
+    assert str(session.error) == "broken" and session.draft is None and len(session.history) == 1
+    session.send("还在吗")
+    assert session.error is None
 
 
 # --- alternatives
@@ -1004,19 +1040,22 @@ def test_one_short_limit_does_not_make_the_session_forget(nano, session):
     assert session.dropped_turns == 0
 
 
-def test_fit_history_drops_no_more_than_it_must(nano, card):
+def test_fitting_drops_no_more_than_it_must(nano, card):
     tokenizer = nano[1]
     history = [[f"第{n}次", "好的呀" * (1 + n % 3)] for n in range(40)]
 
     def length(start):
-        return len(fit_history(tokenizer, card, "你好", history[start:], 10**6)[0])
+        return len(encode_prompt(tokenizer, card, "你好", history[start:]))
+
+    def fit(limit, dropped=0):
+        return fit_turns(tokenizer, card, build_turns("你好", history), limit, dropped)
 
     limit = length(10)
-    ids, dropped = fit_history(tokenizer, card, "你好", history, limit)
+    ids, dropped = fit(limit)
     assert length(dropped) == len(ids) <= limit * 3 // 4 < length(dropped - 1)
-    assert fit_history(tokenizer, card, "你好", history, limit, dropped=12)[1] == 12, "a drop is kept while it fits"
-    assert fit_history(tokenizer, card, "你好", history, limit, dropped=39)[1] == dropped, "too much was dropped"
-    assert fit_history(tokenizer, card, "你好", history, length(0), dropped=12)[1] == 0, "all of it fits"
+    assert fit(limit, dropped=12)[1] == 12, "a drop is kept while it fits"
+    assert fit(limit, dropped=39)[1] == dropped, "too much was dropped"
+    assert fit(length(0), dropped=12)[1] == 0, "all of it fits"
 
 
 def test_common_prefix_length():
@@ -1112,11 +1151,9 @@ def test_markdown(nano):
     ]
 
 
-def test_build_messages_prints_a_greeting_as_the_bots_line():
-    assert build_messages("在吗", [["", "你来了"]]) == [
-        {"role": "assistant", "content": "你来了"},
-        {"role": "user", "content": "在吗"},
-    ]
+def test_a_greeting_is_the_bots_line(nano):
+    prompt = nano[1].decode(encode_prompt(nano[1], META, "在吗", [["", "你来了"]]))
+    assert "[苏梦远]你来了\n[陆星辰]在吗" in prompt.replace("] ", "]")
 
 
 def test_parameters_are_documented():

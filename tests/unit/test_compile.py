@@ -1,19 +1,16 @@
 """Decoding with torch.compile writes what plain decoding writes, token for token, and says where it cannot."""
 
-import threading
-
 import pytest
-import torch
-from torch._inductor import cudagraph_trees
 
 import helpers
-from helpers import kv_cache
-from helpers.chat import context_length
+from helpers.chat import reply
+from helpers.chat.fitting import context_length
+from helpers.chat.generation import GenerationParameters
 from helpers.errors import HelpersError
-from helpers.generation import GenerationParameters
-from helpers.kv_cache import PromptCache, compile_decoding, compiled_decoding, new_cache
+from helpers.model import kv_cache
+from helpers.model.kv_cache import PromptCache, compile_decoding, compiled_decoding, new_cache
 
-GREEDY = {"do_sample": False, "max_new_tokens": 24}
+GREEDY = {"do_sample": False, "max_new_tokens": 10}
 CPU = {"dtype": "float32", "device_map": "cpu"}
 
 
@@ -22,10 +19,15 @@ def plain():
     return helpers.load("nano", **CPU)
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """Compiled once for all tests here: that takes most of their time."""
-    return helpers.load("nano", compile=True, **CPU)
+@pytest.fixture(scope="module", params=["cache", pytest.param("inductor", marks=pytest.mark.slow)])
+def compiled(request):
+    """The cache of fixed length, and with it what Inductor makes of the model: once for all, as it takes a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "cache":
+            patch.setattr(reply, "compile_config", lambda device: None)
+        model, tokenizer = helpers.load("nano", compile=True, **CPU)
+        yield model, tokenizer
+        assert hasattr(model, "_compiled_call") == (request.param == "inductor")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,6 @@ def test_compiled_replies_are_those_of_the_plain_model(plain, compiled, card):
     session.set_persona(card)
     session.clear()
     assert talk(session) == wanted  # in a cache full of what it said before
-    assert compiled[0]._compiled_call is not None
     assert not hasattr(plain[0], "_compiled_call")
 
 
@@ -117,7 +118,7 @@ def test_a_shorter_cache_shortens_the_context(card):
     assert context_length(model) == 256
     session = helpers.ChatSession(model, tokenizer, card, **GREEDY)
     assert session.context_used()[1] == 256
-    assert isinstance(helpers.kv_cache.new_cache(model), kv_cache.StaticPromptCache)
+    assert isinstance(kv_cache.new_cache(model), kv_cache.StaticPromptCache)
     compile_decoding(model, length=10**6)
     assert compiled_decoding(model).length == model.config.max_position_embeddings
 
@@ -165,19 +166,3 @@ def test_a_model_that_is_spread_or_elsewhere_is_refused(places):
     model.hf_device_map = places
     with pytest.raises(HelpersError, match="cannot compile here"):
         compile_decoding(model)
-
-
-def test_cuda_graphs_may_be_replayed_by_every_thread(monkeypatch):
-    """Checked without a GPU: torch finds the same store of graphs, whichever thread asks."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = []
-
-    def look():
-        kv_cache.share_cuda_graphs()
-        found.append(cudagraph_trees.get_obj(cudagraph_trees.local, "tree_manager_containers"))
-
-    for _ in range(2):
-        thread = threading.Thread(target=look)
-        thread.start()
-        thread.join()
-    assert found[0] is found[1]

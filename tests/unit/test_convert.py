@@ -12,19 +12,21 @@ import pytest
 import torch
 from reference import COMPACT, INDEX, NANO, REPOSITORY, SHARDS, copy_compact, edit_json, edit_weights, train_tokenizer
 from safetensors.torch import load_file
+from transformers import modeling_utils
 from typer.testing import CliRunner
 from write_6b_shape import write_random_checkpoint
 
 import helpers
-from helpers import convert, folders
-from helpers.__main__ import app
-from helpers.checkpoint import open_bin
-from helpers.convert import convert_checkpoint
+from helpers import paths
+from helpers.chat.generation import model_defaults
+from helpers.cli.app import app
 from helpers.errors import CheckpointError, HelpersError
-from helpers.modeling import CharacterGLMConfig
+from helpers.export import safetensors_copy as convert
+from helpers.export.safetensors_copy import convert_checkpoint
+from helpers.model.modeling import CharacterGLMConfig, CharacterGLMForCausalLM
 
 IDS = torch.arange(5, 60)[None]
-EMBEDDING, OUTPUT = "transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"
+OUTPUT = "transformer.output_layer.weight"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,10 @@ def several_files(monkeypatch):
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     files = sorted(directory.glob("*.safetensors"))
-    stored = [load_file(file) for file in files] if files else [open_bin(directory / shard) for shard in SHARDS]
-    return {name: tensor for part in stored for name, tensor in part.items()}
+    files = files or sorted(directory.glob("*.bin"))
+    stored = [load_file(f) if f.suffix == ".safetensors" else torch.load(f, weights_only=True) for f in files]
+    # The rotary table is recomputed in float32; the stored one is not used.
+    return {k: tensor for part in stored for k, tensor in part.items() if not k.endswith("inv_freq")}
 
 
 @torch.no_grad()
@@ -80,7 +84,7 @@ def test_copy_of_nano_is_the_same_model(tmp_path):
     copy = convert_checkpoint("nano", tmp_path / "copy")
     assert {file.name for file in copy.iterdir()} == {
         *("model.safetensors", "config.json", "generation_config.json"),
-        *("tokenizer.model", "tokenizer_config.json", "README.md"),
+        *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"),
     }
     assert_same_weights(copy, NANO)
     assert torch.equal(logits(copy), logits(NANO))
@@ -98,18 +102,15 @@ def test_copy_in_several_files_without_remote_code(source, tmp_path, several_fil
     for name in ("tokenizer.model", "MODEL_LICENSE"):
         assert (copy / name).read_bytes() == (source / name).read_bytes()
     assert "auto_map" in (source / "config.json").read_text(), "the original stays as it is"
+    defaults = [model_defaults(helpers.load(directory)[0]) for directory in (source, copy)]
+    assert defaults == [{}, {}], "the vendor's, in both"
 
 
-def test_weights_that_share_memory_are_written_twice(source, tmp_path):
-    """Tied embeddings: torch stores such a tensor once, safetensors cannot."""
-    stored = weights(source)
-    stored[OUTPUT] = stored[EMBEDDING]
-    torch.save(stored, source / "pytorch_model.bin")
-    for name in (INDEX, *SHARDS):
-        (source / name).unlink()
+def test_tied_embeddings_are_written_once(source, tmp_path):
+    edit_weights(source, lambda stored: stored.pop(OUTPUT, None))
+    edit_json(source / INDEX, lambda index: index["weight_map"].pop(OUTPUT))
     edit_json(source / "config.json", lambda config: config.update(tie_word_embeddings=True))
-    copied = weights(convert_checkpoint(source, tmp_path / "copy"))
-    assert torch.equal(copied[OUTPUT], stored[EMBEDDING]) and torch.equal(copied[EMBEDDING], stored[EMBEDDING])
+    assert_same_weights(convert_checkpoint(source, tmp_path / "copy"), source)
     assert torch.equal(logits(tmp_path / "copy"), logits(source))
 
 
@@ -225,7 +226,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(small_disk):
 
 
 def test_a_disk_that_fills_up_on_the_way(small_disk, monkeypatch):
-    monkeypatch.setattr(folders, "require_disk_space", lambda *_: None)  # it looked large enough before
+    monkeypatch.setattr(paths, "check_disk_space", lambda *_: None)  # it looked large enough before
     monkeypatch.setattr(convert, "SHARD_SIZE", "3MB")
     with pytest.raises(HelpersError, match=r"\[disk full\]"):
         convert_checkpoint("nano", small_disk / "copy")
@@ -235,7 +236,7 @@ def test_a_disk_that_fills_up_on_the_way(small_disk, monkeypatch):
 
 
 def test_a_read_only_disk(small_disk, monkeypatch):
-    monkeypatch.setattr(folders, "require_disk_space", lambda *_: None)
+    monkeypatch.setattr(paths, "check_disk_space", lambda *_: None)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(HelpersError, match=r"\[cannot write\]"):
         convert_checkpoint("nano", small_disk / "copy")
@@ -252,36 +253,38 @@ def test_interrupted_with_ctrl_c(source, tmp_path, monkeypatch, several_files, e
     before = sorted(tmp_path.iterdir())
     written = []
 
-    def interrupted(tensors, file, metadata):
-        written.append(file)
+    def interrupted(*arguments, **options):
+        written.append(arguments)
         if len(written) == 2:
             raise KeyboardInterrupt
-        save_file(tensors, file, metadata)
+        save_file(*arguments, **options)
 
-    save_file = convert.save_file
-    monkeypatch.setattr(convert, "save_file", interrupted)
+    save_file = modeling_utils.safe_save_file
+    monkeypatch.setattr(modeling_utils, "safe_save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(source, target)
     assert sorted(tmp_path.iterdir()) == before and "[interrupted]" in capsys.readouterr().out
-    monkeypatch.setattr(convert, "save_file", save_file)
+    monkeypatch.setattr(modeling_utils, "safe_save_file", save_file)
     assert_same_weights(convert_checkpoint(source, target), source)
 
 
 KILLED = """
 import os, signal, sys
-from helpers import convert, folders
+from transformers import modeling_utils
+from helpers.export import safetensors_copy as convert
 convert.SHARD_SIZE = "50KB"
-files = convert._files_to_write
-def killed(*arguments):
-    for number, file in enumerate(files(*arguments)):
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield file
-convert._files_to_write = killed
+save_file, written = modeling_utils.safe_save_file, []
+def killed(*arguments, **options):
+    written.append(arguments)
+    if len(written) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_file(*arguments, **options)
+modeling_utils.safe_save_file = killed
 convert.convert_checkpoint(*sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_midway_leaves_nothing_that_looks_complete(source, tmp_path):
     target = tmp_path / "copy"
     run = subprocess.run(
@@ -297,12 +300,12 @@ def test_killed_midway_leaves_nothing_that_looks_complete(source, tmp_path):
 
 
 def test_a_copy_that_differs_is_thrown_away(source, tmp_path, monkeypatch):
-    def damaging(tensors, file, metadata):
-        save_file(tensors, file, metadata)
-        flip_a_bit(file.parent)
+    def damaging(model, directory, **options):
+        save_pretrained(model, directory, **options)
+        flip_a_bit(directory)
 
-    save_file = convert.save_file
-    monkeypatch.setattr(convert, "save_file", damaging)
+    save_pretrained = CharacterGLMForCausalLM.save_pretrained
+    monkeypatch.setattr(CharacterGLMForCausalLM, "save_pretrained", damaging)
     with pytest.raises(HelpersError, match=r"\[copy differs\]"):
         convert_checkpoint(source, tmp_path / "copy")
     assert list(tmp_path.iterdir()) == [source]
@@ -312,7 +315,7 @@ def test_a_copy_that_differs_is_thrown_away(source, tmp_path, monkeypatch):
 
 MEASURE = """
 import sys
-from helpers import convert, folders
+from helpers.export import safetensors_copy as convert
 from support.memory import PeakMemory
 convert.SHARD_SIZE = "10MB"
 convert.convert_checkpoint("nano", sys.argv[2] + " warm-up")
@@ -323,8 +326,9 @@ print(peak.resident, peak.allocated)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure memory")
-def test_one_file_at_a_time_is_in_memory(tmp_path):
-    """115 MB of weights in files of 10 MB: mapped are an original's part and its copy, allocated next to nothing."""
+@pytest.mark.slow
+def test_the_weights_stay_in_their_files(tmp_path):
+    """Of 115 MB of weights the 19 MB of q, k and v are put together again; the others stay in their files, mapped."""
     config = CharacterGLMConfig(
         vocab_size=4096,
         hidden_size=768,
@@ -343,7 +347,7 @@ def test_one_file_at_a_time_is_in_memory(tmp_path):
         env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}", "OMP_NUM_THREADS": "1"},
     )
     resident, allocated = map(int, run.stdout.splitlines()[-1].split())
-    assert resident < 30e6 and allocated < 5e6
+    assert allocated < 40e6
 
 
 def test_command_line(source, tmp_path):
@@ -358,9 +362,9 @@ def test_command_line(source, tmp_path):
 
 
 def test_convert_6b_takes_the_downloaded_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.loading.find_downloaded", lambda: NANO)
+    monkeypatch.setattr("helpers.model.loading.find_downloaded", lambda: NANO)
     assert_same_weights(convert_checkpoint("6b", tmp_path / "copy"), NANO)
-    monkeypatch.setattr("helpers.loading.find_downloaded", lambda: None)
+    monkeypatch.setattr("helpers.model.loading.find_downloaded", lambda: None)
     with pytest.raises(CheckpointError, match=r"\[model not downloaded\]"):
         convert_checkpoint("6b", tmp_path / "other")
 

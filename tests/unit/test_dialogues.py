@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 import helpers
-from helpers.dialogues import DIALOGUES_DIR, history_to_messages, load_dialogues
+from helpers.characters.dialogues import DIALOGUES_DIR, history_to_messages, load_dialogues
 from helpers.errors import HelpersError
 
 SCRIPTED_QUESTIONS = ["你好呀，小苏", "最近对音乐有什么新的想法吗", "那我们商量一下下一部音乐电影的拍摄，好嘛？"]

@@ -2,19 +2,25 @@
 
 import json
 import re
+import shutil
 import socket
 import sys
+from collections import namedtuple
 
 import pytest
 import torch
 from reference import shared
 from typer.testing import CliRunner
 
-from helpers import doctor, download
-from helpers.__main__ import app
-from helpers.download import bytes_needed, default_model_dir
+from helpers.cli.app import app
 from helpers.errors import HelpersError
-from helpers.faults import KNOWN_ERRORS, explain
+from helpers.inspect.preflight import check_disk, check_model_files
+from helpers.model.download import bytes_needed, default_model_dir
+from helpers.paths import check_disk_space
+from helpers.tools import doctor
+from helpers.tools.faults import KNOWN_ERRORS, explain
+
+DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
 @pytest.fixture(autouse=True)
@@ -83,14 +89,13 @@ def test_gpu_memory_for_each_notebook(monkeypatch, gib, enough):
 def test_disk_bound_is_that_of_the_download(monkeypatch):
     needed = bytes_needed(default_model_dir())
     for free in (needed - 1, needed):
-        monkeypatch.setattr(download, "free_bytes", lambda _, free=free: free)
-        monkeypatch.setattr(doctor, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: DiskUsage(2 * free, free, free))
         enough = True
         try:
-            download.require_disk_space(default_model_dir())
+            check_disk_space(default_model_dir(), needed)
         except HelpersError:
             enough = False
-        assert doctor.check_disk().ok == enough == (free == needed)
+        assert check_disk().ok == enough == (free == needed)
 
 
 def test_who_holds_the_port_is_said():
@@ -125,15 +130,15 @@ def put_kernel(tmp_path, name, python):
 
 
 def test_missing_model_says_what_to_type(monkeypatch):
-    assert "python -m helpers download" in doctor.check_model_files("6b").advice
-    monkeypatch.setattr(doctor, "free_bytes", lambda _: 0)
-    assert "清理数据盘" in doctor.check_model_files("6b").advice
+    assert "python -m helpers download" in check_model_files("6b").advice
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(1, 1, 0))
+    assert "清理数据盘" in check_model_files("6b").advice
 
 
 def test_command_prints_every_word_and_its_exit_status_tells(run_command, tmp_path):
     (tmp_path / "empty").mkdir()
-    done = run_command("-m", "helpers", "doctor", "--model", "empty")
-    assert done.returncode == 1
+    done = CliRunner().invoke(app, ["doctor", "--model", "empty"])
+    assert done.exit_code == 1
     assert "[empty directory]" in re.sub(r"[│\s]+", " ", done.stdout), "not taken for markup"
     done = run_command("-m", "helpers", "doctor", "--json", "--model", "nano")
     checks = json.loads(done.stdout)

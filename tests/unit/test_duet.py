@@ -8,7 +8,7 @@ import pytest
 import helpers
 from helpers.demo.duet import converse
 from helpers.errors import ChatError
-from helpers.tokenization import NEWLINE_ID
+from helpers.model.tokenization import NEWLINE_ID
 
 FIRST = {"bot_name": "阿九", "bot_info": "飞船"}
 SECOND = {"bot_name": "林舟", "bot_info": "船长"}

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import helpers
 from helpers.errors import HelpersError
-from helpers.estimate import QUANTIZED_BYTES, lora_count, parameter_count, weight_bytes
-from helpers.loading import NANO_DIR
-from helpers.modeling import CharacterGLMConfig
+from helpers.inspect.estimate import QUANTIZED_BYTES, lora_count, parameter_count, weight_bytes
+from helpers.model.loading import NANO_DIR
+from helpers.model.modeling import CharacterGLMConfig
 
 SIX_B = CharacterGLMConfig()
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_estimate.py"
@@ -98,7 +98,7 @@ def test_a_row_holds_parts_sum_and_verdict():
         ({"quantization": "int3"}, "invalid quantization"),
         ({"tokens": 0}, "invalid tokens"),
         ({"lora_rank": -1}, "invalid lora_rank"),
-        ({"lora_targets": ["query_key_value"]}, "invalid lora_targets.*query_key_value"),
+        ({"lora_targets": ["query_key_value"]}, "query_key_value.*invalid lora_targets"),
         ({"mbit_per_second": 0}, "invalid mbit_per_second"),
     ],
 )

@@ -21,16 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
 from typer.testing import CliRunner
 
 import helpers
-from helpers import export, folders
-from helpers.__main__ import app
-from helpers.characters import DEFAULT_CHARACTER
-from helpers.checkpoint import open_bin
-from helpers.convert import convert_checkpoint
+from helpers import paths
+from helpers.characters.personas import DEFAULT_CHARACTER
+from helpers.chat.generation import GenerationParameters, model_defaults
+from helpers.cli.app import app
 from helpers.errors import CheckpointError, HelpersError
-from helpers.export import export_model, plain_tokenizer
+from helpers.export import plain as export
+from helpers.export.plain import export_model, plain_tokenizer
+from helpers.export.safetensors_copy import convert_checkpoint
 from helpers.finetune.lora import add_lora
-from helpers.generation import GenerationParameters, model_defaults
-from helpers.serving.prompts import chat_prompt
 from helpers.serving.schemas import ChatRequest
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -157,7 +156,9 @@ def test_same_prompts_and_same_words_without_helpers(base):
 def test_with_an_adapter_merged(adapter, base, tmp_path):
     folder = export_model("nano", tmp_path / "exported", adapter=adapter, dtype="float32")
     tuned = own_replies(*helpers.load("nano", dtype="float32", adapter=adapter), CHATS)
-    assert stock_replies(folder, CHATS) == tuned
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(plain) is GlmForCausalLM
+    assert own_replies(plain, AutoTokenizer.from_pretrained(folder), CHATS) == tuned
     assert tuned != own_replies(*helpers.load("nano", dtype="float32"), CHATS), "the adapter has an effect"
     default = AutoTokenizer.from_pretrained(folder).apply_chat_template([user("你好")], tokenize=False)
     assert "以下是一段鲁智深和陆星辰之间的对话" in default
@@ -245,7 +246,7 @@ REQUESTS = {
 def test_a_request_to_vllm_gives_the_prompt_of_our_own_server(tokenizers, what):
     own, stock = tokenizers
     body = REQUESTS[what]
-    meta, turns = chat_prompt(ChatRequest.model_validate(body), None)
+    meta, turns = ChatRequest.model_validate(body).conversation(None)
     expected = prompt_ids(own, [message for turn in turns for message in turn], session_meta=meta)
     assert prompt_ids(stock, body["messages"], **body.get("chat_template_kwargs", {})) == expected
 
@@ -319,7 +320,7 @@ def test_golden_logits_through_the_export(source, tmp_path):
 def test_stored_bits_are_kept(tmp_path):
     """By default nothing is rounded: q, k and v together are the original tensor, in its dtype."""
     stored = load_file(export_model("nano", tmp_path / "exported") / "model.safetensors")
-    original = {name: tensor for shard in SHARDS for name, tensor in open_bin(NANO / shard).items()}
+    original = {name: tensor for shard in SHARDS for name, tensor in torch.load(NANO / shard).items()}
     for kind in ("weight", "bias"):
         parts = [stored[f"model.layers.3.self_attn.{part}_proj.{kind}"] for part in "qkv"]
         assert torch.equal(
@@ -510,14 +511,14 @@ def test_an_unknown_dtype(tmp_path):
 def test_a_disk_too_small(small_disk, monkeypatch):
     with pytest.raises(HelpersError, match=r"\[not enough disk space\]"):
         export_model("nano", small_disk / "exported")
-    monkeypatch.setattr(folders, "require_disk_space", lambda *_: None)  # it looked large enough before
+    monkeypatch.setattr(paths, "check_disk_space", lambda *_: None)  # it looked large enough before
     with pytest.raises(HelpersError, match=r"\[disk full\]"):
         export_model("nano", small_disk / "exported")
     assert not any(small_disk.iterdir())
 
 
 @pytest.mark.parametrize("exists", [True, False], ids=["into an empty directory", "into a new one"])
-@pytest.mark.parametrize("moment", ["save_pretrained", "_refuse_different", "plain_tokenizer"])
+@pytest.mark.parametrize("moment", ["save_pretrained", "check_copy", "plain_tokenizer"])
 def test_interrupted_with_ctrl_c(source, tmp_path, monkeypatch, exists, moment, capsys):
     target = tmp_path / "exported"
     if exists:

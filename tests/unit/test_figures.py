@@ -14,7 +14,7 @@ from write_6b_shape import original_shapes, split, write_random_checkpoint
 
 import helpers
 from helpers.errors import HelpersError
-from helpers.modeling import CharacterGLMConfig
+from helpers.model.modeling import CharacterGLMConfig
 
 SMALL = {
     "vocab_size": 4096,
@@ -80,7 +80,7 @@ def test_same_seed_same_bytes(small, tmp_path):
 
 
 def test_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.download.free_bytes", lambda _: 10**9)
+    monkeypatch.setattr("helpers.paths.free_bytes", lambda _: 10**9)
     with pytest.raises(HelpersError, match="not enough disk space"):
         write_random_checkpoint(tmp_path, CharacterGLMConfig())
     assert list(tmp_path.iterdir()) == []
@@ -108,6 +108,7 @@ print(max(used) - used[0])
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_far_below_the_size_of_a_shard(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path / SHARDS[0])],
@@ -120,6 +121,7 @@ def test_memory_stays_far_below_the_size_of_a_shard(tmp_path):
     assert int(done.stdout) < 64e6
 
 
+@pytest.mark.slow
 def test_figures_are_measured_and_recorded_on_any_device(small, run_command, tmp_path):
     options = {"--prompt-tokens": 64, "--new-tokens": 16, "--batch": 2, "--row-tokens": 32, "--steps": 3}
     words = [str(word) for pair in options.items() for word in pair]

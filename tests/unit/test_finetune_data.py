@@ -1,18 +1,20 @@
 """Training data: every row format, every kind of bad row, and that the prompt of training is the prompt of inference."""
 
+import gzip
 import json
 import random
+import time
 from collections import Counter
 
+import pyarrow.parquet
 import pytest
 import torch
 from reference import NANO, shared
 from transformers import AutoTokenizer
 
 import helpers
-from helpers.chat import encode_prompt, fit_history
-from helpers.dialogues import Dialogue, load_dialogues
-from helpers.display import label_view
+from helpers.characters.dialogues import Dialogue, load_dialogues
+from helpers.chat.fitting import build_turns, encode_prompt, fit_turns
 from helpers.errors import CharacterError, DataError
 from helpers.finetune import (
     add_lora,
@@ -20,14 +22,16 @@ from helpers.finetune import (
     encode,
     encode_samples,
     load_samples,
+    pack,
     pad,
     read_card,
     share_prefix,
     split_samples,
 )
 from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
-from helpers.finetune.data import CAUSES, BadRow
-from helpers.finetune.encoding import IGNORED, encode_reply
+from helpers.finetune.encoding import IGNORED, encode_lines
+from helpers.finetune.report import CAUSES, BadRow
+from helpers.inspect.xray import label_view
 
 CARD = {"bot_name": "鲁智深", "bot_info": "自称洒家。", "user_name": "林冲", "user_info": ""}
 META = {"bot_name": "阿九", "bot_info": "舰载人工智能", "user_name": "船长", "user_info": ""}
@@ -89,6 +93,27 @@ FORMATS = {
         },
         [["早", "早上好"]],
     ),
+    "alpaca with history": (
+        {**GOOD, "history": [["早", "早啊"], ["冷吗", "不冷"]]},
+        [["早", "早啊"], ["冷吗", "不冷"], ["吃了吗", "洒家正要吃。"]],
+    ),
+    "instruction empty": ({**GOOD, "instruction": "", "input": "吃了吗"}, [["吃了吗", "洒家正要吃。"]]),
+    "prompt and response": ({"prompt": "a", "response": "b"}, [["a", "b"]]),
+    "ChatGLM2": ({"content": "a", "summary": "b"}, [["a", "b"]]),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, [["a", "b"]]),
+    "ChatGLM3": (
+        {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        [["a", "b"]],
+    ),
+    "text in parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                {"role": "assistant", "content": "c"},
+            ]
+        },
+        [["ab", "c"]],
+    ),
     "CharacterDial with roles": (
         {
             "session_meta": META,
@@ -107,6 +132,20 @@ def test_format(tmp_path, name):
     has_persona = "session_meta" in row or "bot_name" in row
     assert sample.card.model_dump() == (META if has_persona else CARD)
     assert report.problems == []
+
+
+SYSTEM = [{"role": "system", "content": "你是阿九"}]
+ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("row", [{**GOOD, "system": "你是阿九"}, {"messages": SYSTEM + ASKED}])
+def test_a_system_text_is_the_persona_of_its_row(tmp_path, row):
+    """As for the API server (`helpers.serving.schemas`)."""
+    (sample,), report = load_samples(write(tmp_path, row), CARD)
+    assert (sample.card.bot_name, sample.card.bot_info) == ("角色", "你是阿九")
+    assert "[persona from system]" in str(report)
+    (sample,), _ = load_samples(write(tmp_path, {**row, "session_meta": META}))
+    assert sample.card.model_dump() == {**META, "bot_info": "舰载人工智能 你是阿九"}
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
@@ -130,6 +169,71 @@ def test_the_instruction_set_readers_bring_along():
     assert report.count_by_cause() == {"duplicate": len(rows) - len(distinct)}
 
 
+# --- files
+
+
+ROWS = [{"instruction": f"第{i}句", "input": "", "output": f"第{i}答"} for i in range(3)]
+FILES = {
+    "array.json": json.dumps(ROWS),
+    "two arrays.json": json.dumps(ROWS[:1]) + "\n" + json.dumps(ROWS[1:], indent=1),
+    "arrays in a line.json": json.dumps(ROWS[:1]) + json.dumps(ROWS[1:]),
+    "wrapped.json": json.dumps({"data": ROWS}, indent=2),
+    "wrapped in a line.json": json.dumps({"data": ROWS}),
+    "one after another.json": "\n".join(json.dumps(row, indent=2) for row in ROWS),
+    "table.csv": "instruction,input,output\n" + "".join(f"第{i}句,,第{i}答\n" for i in range(3)),
+    "table.tsv": "instruction\tinput\toutput\n" + "".join(f"第{i}句\t\t第{i}答\n" for i in range(3)),
+}
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_every_row_of_a_file_is_read(tmp_path, name, gzipped):
+    file, content = tmp_path / name, FILES[name].encode()
+    if gzipped:
+        file, content = tmp_path / f"{name}.gz", gzip.compress(content)
+    file.write_bytes(content)
+    samples, report = load_samples(file, CARD)
+    assert [sample.history for sample in samples] == [[[row["instruction"], row["output"]]] for row in ROWS]
+    assert (report.rows, report.problems) == (3, [])
+
+
+def test_parquet_is_read(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    assert len(load_samples(tmp_path / "rows.parquet", CARD)[0]) == 3
+
+
+@pytest.mark.parametrize("name", ["rows.json.gz", "rows.parquet"])
+def test_file_that_is_not_what_its_name_says(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match="cannot read file"):
+        load_samples(tmp_path / name, CARD)
+
+
+def test_a_damaged_item_costs_one_item(tmp_path):
+    text = json.dumps(ROWS, indent=1, ensure_ascii=False).replace('"第1答"', '"第1答",')
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+    samples, report = load_samples(tmp_path / "rows.json", CARD)
+    assert [sample.history[0][0] for sample in samples] == ["第0句", "第2句"]
+    assert [(line, cause) for line, cause, _ in report.problems] == [(7, "invalid json")]
+
+
+def test_an_array_that_does_not_end_is_reported(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS)[:-1], encoding="utf-8")
+    samples, report = load_samples(tmp_path / "rows.json", CARD)
+    assert (len(samples), report.count_by_cause()) == (3, {"invalid json": 1})
+
+
+def test_what_is_not_used_is_named(tmp_path):
+    file = write(tmp_path, {**GOOD, "mood": "merry", "id": 7, "empty": ""}, {**GOOD, "output": "好", "mood": "sad"})
+    _, report = load_samples(file, CARD)
+    assert "没有用到的字段 [unused fields]：mood（2 行）" in str(report)
+
+
+def test_unknown_shape_shows_what_was_found_and_what_is_known(tmp_path):
+    with pytest.raises(DataError, match=r"字段是 question、answer；.*instruction/output.*conversations"):
+        load_samples(write(tmp_path, {"question": "a", "answer": "b"}), CARD)
+
+
 # --- bad rows
 
 
@@ -149,7 +253,9 @@ BAD_ROWS = {
     "blank query later": ({"history": [["a", "b"], ["", "c"]]}, "empty"),
     "greeting only": ({"history": [["", "c"]]}, "empty"),
     "no reply": ({"messages": [{"role": "user", "content": "a"}]}, "empty"),
-    "unknown role": ({"messages": [{"role": "system", "content": "a"}]}, "wrong type"),
+    "unknown role": ({"messages": [{"role": "tool", "content": "a"}]}, "wrong type"),
+    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]}, "wrong type"),
+    "system only": ({"messages": [{"role": "system", "content": "a"}]}, "empty"),
     "unknown speaker": ({"dialogue": [{"speaker": "高俅", "utterance": "a"}]}, "wrong type"),
     "no speaker": ({"dialogue": [{"utterance": "a"}]}, "missing field"),
     "invalid persona": ({**GOOD, "session_meta": {"bot_name": ""}}, "wrong type"),
@@ -183,11 +289,13 @@ def test_instruction_data_needs_a_card(tmp_path):
         load_samples(write(tmp_path, GOOD))
 
 
-def test_file_in_another_encoding_is_refused(tmp_path):
-    file = tmp_path / "gbk.jsonl"
-    file.write_bytes(json.dumps(GOOD, ensure_ascii=False).encode("gb18030"))
-    with pytest.raises(DataError, match=r"\[broken encoding\].*UTF-8"):
-        load_samples(file, CARD)
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
+def test_file_in_another_encoding_is_read_and_said(tmp_path, encoding):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(json.dumps(GOOD, ensure_ascii=False).encode(encoding))
+    (sample,), report = load_samples(file, CARD)
+    assert sample.history == [["吃了吗", "洒家正要吃。"]]
+    assert f"[read as {'GBK' if encoding == 'gb18030' else 'UTF-16'}]" in str(report)
 
 
 def test_one_broken_line_costs_one_line(tmp_path):
@@ -260,6 +368,21 @@ def test_rows_that_begin_alike_are_on_one_side(tmp_path):
     rows = [{"instruction": f"问{i % 50}", "output": f"答{i}"} for i in range(200)]
     training, held_out = split_samples(load_samples(write(tmp_path, *rows), CARD)[0])
     assert {s.history[0][0] for s in training}.isdisjoint(s.history[0][0] for s in held_out)
+
+
+ALIKE = {
+    "same opening": lambda i: {"history": [["你好", "洒家在此。"], [f"问{i}", f"答{i}"]]},
+    "same id": lambda i: {"id": "x", "instruction": f"问{i}", "output": f"答{i}"},
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_rows_with_the_same_id_or_opening_are_split_by_content(tmp_path, capsys, name):
+    samples, _ = load_samples(write(tmp_path, *(ALIKE[name](i) for i in range(100))), CARD)
+    training, held_out = split_samples(samples)
+    assert len(training) + len(held_out) == 100 and 3 < len(held_out) < 20
+    assert "[split by whole conversations]" in capsys.readouterr().out
+    assert split_samples(samples[::-1])[1] == held_out[::-1]
 
 
 def test_too_few_rows_to_split(tmp_path):
@@ -350,7 +473,8 @@ def test_labels_are_the_reply_and_its_newline(nano_tokenizer):
 
 
 def test_reply_ids_have_no_stray_space(tokenizer):
-    assert encode_reply(tokenizer, CARD, "好") == tokenizer("\n好\n", add_special_tokens=False)["input_ids"][2:]
+    _, _, (turn,) = encode_lines(tokenizer, Dialogue("x", read_card(DEFAULT_CARD), [["早", "好"]]))
+    assert turn.reply == tokenizer("\n好\n", add_special_tokens=False)["input_ids"][2:]
 
 
 def test_long_conversation_drops_oldest_turns_and_learns_every_reply(nano_tokenizer):
@@ -372,7 +496,20 @@ def test_truncation_is_that_of_chat(nano_tokenizer):
     *_, last = encode(nano_tokenizer, Dialogue("x", card, history), max_length=300)
     prompt, reply = list(replies_with_prompts(last))[0]
     turn = next(i for i, (_, r) in enumerate(history) if r == nano_tokenizer.decode(reply).strip())
-    assert prompt == fit_history(nano_tokenizer, card, history[turn][0], history[:turn], 300 - len(reply))[0]
+    turns = build_turns(history[turn][0], history[:turn])
+    assert prompt == fit_turns(nano_tokenizer, card, turns, 300 - len(reply))[0]
+
+
+def test_time_grows_with_the_turns_not_with_their_square(nano_tokenizer):
+    def seconds(turns: int) -> float:
+        history = [[f"这是第{i}句话", f"（第{i}句）回答。"] for i in range(turns)]
+        start = time.process_time()
+        rows = encode(nano_tokenizer, Dialogue("x", read_card(DEFAULT_CARD), history))
+        assert sum(len(list(replies_with_prompts(row))) for row in rows) == turns
+        return time.process_time() - start
+
+    seconds(10)
+    assert seconds(2000) < 40 * seconds(200)  # 10 times as many; the square would be 100
 
 
 def test_too_long_is_reported_not_cut(nano_tokenizer, tmp_path):
@@ -420,7 +557,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("batch", [pad, share_prefix])
+@pytest.mark.parametrize("batch", [pad, pack, share_prefix])
 def test_a_batch_gives_loss_and_gradient_of_its_rows(nano_tokenizer, tuned, shipped, name, batch):
     rows = encode_samples(nano_tokenizer, BATCHES[name](shipped))
     plain = [{key: torch.tensor([row[key]]) for key in ("input_ids", "labels")} for row in rows]

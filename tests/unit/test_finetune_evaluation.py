@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import helpers
-from helpers.dialogues import Dialogue, load_dialogues
+from helpers.characters.dialogues import Dialogue, load_dialogues
 from helpers.finetune import (
     Voice,
     add_lora,
@@ -128,13 +128,13 @@ def test_distinct_2():
 
 def test_comparison_counts_and_escapes():
     voice = Voice(("洒家",), ("老孙",))
-    lines = [("<b>问</b>", "答", "老孙在此", "洒家在此，洒家在此"), ("q", "w", "<img src=x>", "洒家")]
+    lines = [("<b>问</b>", "答", "老孙在此", "洒家在此，洒家在此"), ("q", "w" * 99, "<img src=x>", "洒家")]
     comparison = Comparison(voice, lines)
     counts = comparison.counts()
     assert counts["base"] == {"replies": 2, "in_voice": 0, "breaks_character": 1, "repeats_itself": 0, "distinct_2": 1}
     assert (counts["tuned"]["in_voice"], counts["tuned"]["repeats_itself"]) == (2, 1)
     page = comparison._repr_html_()
-    assert "<b>" not in page and "<img" not in page and "&lt;img src=x&gt;" in page
+    assert "<b>" not in page and "<img" not in page and "&lt;img src=x&gt;" in page and "w" * 99 in page
     assert "tuned：洒家" in repr(comparison)
 
 

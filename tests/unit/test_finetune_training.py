@@ -1,6 +1,9 @@
 """Training: what is trained, that runs survive being killed, and that failures explain themselves."""
 
+import contextlib
+import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import helpers
-from helpers.__main__ import main
+from helpers.cli.app import main
 from helpers.errors import CheckpointError, FinetuneError
 from helpers.finetune import (
     add_lora,
@@ -29,14 +32,17 @@ from helpers.finetune import (
     lora_config,
     merge_adapter,
     parameter_table,
+    perplexity,
     read_card,
     training_arguments,
 )
-from helpers.finetune.checkpoints import checkpoints, is_complete, last_complete_checkpoint
+from helpers.finetune.checkpoints import last_complete_checkpoint, what_is_missing
 from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
-from helpers.finetune.lora import refuse_unmoved
+from helpers.finetune.encoding import IGNORED
+from helpers.finetune.lora import check_moved
 from helpers.finetune.training import EpochGroupedSampler
-from helpers.modeling import CharacterGLMConfig
+from helpers.model.adapters import add_adapter, base_fingerprint
+from helpers.model.modeling import CharacterGLMConfig
 
 STEPS = {"logging_steps": 1, "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
 SHORT = {**STEPS, "max_steps": 4, "learning_rate": 5e-3}
@@ -62,8 +68,9 @@ def trained(data, tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained") / "run"
     model = new_model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    result = finetune(model, *data, directory, **SHORT)
-    return SimpleNamespace(model=model, before=before, result=result, directory=directory)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        result = finetune(model, *data, directory, **SHORT)
+    return SimpleNamespace(model=model, before=before, result=result, directory=directory, output=output.getvalue())
 
 
 # --- how many parameters, and which
@@ -95,6 +102,25 @@ def test_only_the_adapter_is_trained_and_it_moves(trained):
     assert all(weight.any() for weight in lora_b)
 
 
+@pytest.mark.parametrize("again", ["tuned", "base"])
+def test_a_second_adapter_replaces_the_first(data, tmp_path, again):
+    """The cell of a notebook, run twice."""
+    base = helpers.load("nano", dtype="float32")[0]
+    tuned = add_lora(base, targets="all-linear")
+    tuned = add_lora({"tuned": tuned, "base": base}[again])
+    assert tuned.get_nb_trainable_parameters()[0] == count_lora_parameters(base.config)
+    finetune(tuned, *data, tmp_path, **SHORT)
+    loaded = add_adapter(helpers.load("nano", dtype="float32")[0], tmp_path)
+    ids = torch.tensor([data[0][0]["input_ids"]])
+    assert torch.allclose(loaded(ids).logits, tuned(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["qkv", "qv", "all-linear"])
+def test_the_count_is_that_of_peft(targets):
+    model = new_model(targets=targets, r=4)
+    assert model.get_nb_trainable_parameters()[0] == count_lora_parameters(model.config, targets, 4)
+
+
 def test_default_lora_config():
     config = lora_config()
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 32, 0.1)
@@ -111,7 +137,7 @@ def test_lora_b_that_did_not_move_is_an_error(data, tmp_path):
     with pytest.raises(FinetuneError, match=r"lora_B is still zero.*12 个"):
         finetune(new_model(), *data, tmp_path, **{**SHORT, "learning_rate": 0.0})
     with pytest.raises(FinetuneError, match="lora_B is still zero"):
-        refuse_unmoved(new_model())
+        check_moved(new_model())
 
 
 # --- arguments
@@ -145,6 +171,52 @@ def test_wrong_arguments_are_refused(tmp_path, chosen, message):
         training_arguments(new_model(), tmp_path, **chosen)
 
 
+# --- the loss
+
+
+def first_losses(data, directory, model, **options):
+    """(loss of the first step, of the held-out rows before it), for a model without dropout and batches of 8 rows."""
+    options = {"per_device_train_batch_size": 8, "train_sampling_strategy": "sequential", **options}
+    result = finetune(model, *data, directory, **{**SHORT, "max_steps": 2, **options})
+    return result["history"][1]["loss"], result["history"][0]["eval_loss"]
+
+
+def perplexity_loss(rows):
+    return math.log(perplexity(new_model(), rows))
+
+
+def expected_loss(data, smoothing=0.0):
+    """Of the first 8 rows, each computed alone with labels and logits shifted by hand."""
+    model, losses = new_model().eval(), []
+    for row in data[0][:8]:
+        with torch.no_grad():
+            log_probs = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        for scores, label in zip(log_probs, row["labels"][1:]):
+            if label != IGNORED:
+                losses.append(-(1 - smoothing) * scores[label] - smoothing * scores.mean())
+    return torch.stack(losses).mean().item()
+
+
+STEP_BY_STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+LOSS_OPTIONS = [
+    ("sdpa", {}),
+    ("sdpa", {"average_tokens_across_devices": False, **STEP_BY_STEP}),
+    ("sdpa", {"label_smoothing_factor": 0.1, **STEP_BY_STEP}),
+    ("eager", {"label_smoothing_factor": 0.1}),
+    ("eager", STEP_BY_STEP),
+]
+
+
+@pytest.mark.parametrize(("attention", "options"), LOSS_OPTIONS)
+def test_loss_is_that_of_the_rows(data, tmp_path, attention, options):
+    """For every option that changes how the loss is put together, packed (sdpa) or padded (eager)."""
+    model = new_model(dropout=0.0)
+    model.set_attn_implementation(attention)
+    loss, held_out = first_losses(data, tmp_path, model, **options)
+    assert loss == pytest.approx(expected_loss(data, options.get("label_smoothing_factor", 0.0)), abs=2e-4)
+    assert held_out == pytest.approx(perplexity_loss(data[1]), abs=1e-4)  # never smoothed
+
+
 # --- results
 
 
@@ -174,9 +246,8 @@ def test_log_has_training_and_held_out_loss(trained):
     assert record["finished"] and record["result"] == trained.result
 
 
-def test_headless_log_is_one_line_a_step(data, tmp_path, capsys):
-    finetune(new_model(), *data, tmp_path, **SHORT)
-    lines = capsys.readouterr().out.splitlines()
+def test_headless_log_is_one_line_a_step(trained):
+    lines = trained.output.splitlines()
     assert [line.split()[1] for line in lines if "  lr " in line] == ["1/4", "2/4", "3/4", "4/4"]
     assert [line.split()[1] for line in lines if "held-out" in line] == ["0/4", "2/4", "4/4"]
     assert len(lines) == 7
@@ -200,6 +271,7 @@ def test_rows_of_similar_length_come_together_in_a_repeatable_order():
 # --- reload
 
 
+@pytest.mark.slow
 def test_adapter_reloads_in_a_fresh_process_with_the_same_greedy_tokens(trained):
     script = (
         "import sys, helpers; model, tokenizer = helpers.load('nano', dtype='float32', adapter=sys.argv[1]);"
@@ -239,13 +311,11 @@ def test_merged_model_is_an_ordinary_model_with_the_same_outputs(trained, tmp_pa
 
 def test_adapter_for_another_base_is_refused(trained, tmp_path):
     with pytest.raises(CheckpointError, match="adapter for another base"):
-        helpers.loading.add_adapter(
-            AutoModelForCausalLM.from_pretrained(copy_compact(tmp_path / "m")), trained.directory
-        )
+        add_adapter(AutoModelForCausalLM.from_pretrained(copy_compact(tmp_path / "m")), trained.directory)
     foreign = shutil.copytree(trained.directory, tmp_path / "foreign")
     (foreign / "finetune.json").unlink()  # an adapter from elsewhere: only shapes and names can tell
     with pytest.raises(CheckpointError, match="adapter does not fit"):
-        helpers.loading.add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), foreign)
+        add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), foreign)
 
 
 def test_adapter_for_a_deeper_base_is_refused(trained, tmp_path):
@@ -254,16 +324,16 @@ def test_adapter_for_a_deeper_base_is_refused(trained, tmp_path):
     foreign = shutil.copytree(trained.directory, tmp_path / "foreign")
     (foreign / "finetune.json").unlink()
     with pytest.raises(CheckpointError, match="unused adapter keys"):
-        helpers.loading.add_adapter(AutoModelForCausalLM.from_config(config), foreign)
+        add_adapter(AutoModelForCausalLM.from_config(config), foreign)
 
 
 def test_precision_does_not_change_the_fingerprint():
     model = helpers.load("nano", dtype="float32")[0]
     half = helpers.load("nano", dtype="float16")[0]
-    assert helpers.loading.base_fingerprint(model) == helpers.loading.base_fingerprint(half)
-    assert helpers.loading.base_fingerprint(new_model()) == helpers.loading.base_fingerprint(model)
+    assert base_fingerprint(model) == base_fingerprint(half)
+    assert base_fingerprint(new_model()) == base_fingerprint(model)
     model.model.layers[2].self_attn.v_proj.weight.data[0, 0] += 1
-    assert helpers.loading.base_fingerprint(half) != helpers.loading.base_fingerprint(model)
+    assert base_fingerprint(half) != base_fingerprint(model)
 
 
 # --- killed and resumed
@@ -299,15 +369,20 @@ def uninterrupted(data, tmp_path_factory):
     return finetune(new_model(), *data, tmp_path_factory.mktemp("whole"), **LONG)
 
 
-@pytest.mark.parametrize("when", ["between", "optimizer.pt", "rng_state.pth"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "when", ["between", pytest.param("optimizer.pt", marks=SLOW), pytest.param("rng_state.pth", marks=SLOW)]
+)
 def test_killed_run_resumes_to_the_same_loss(data, tmp_path, uninterrupted, when, capsys):
     """SIGKILL between two checkpoints and within one; dropout is on and the epoch is not over."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     script = RUN.format(tests=str(Path(__file__).parent))
     killed = subprocess.run([sys.executable, "-c", script, tmp_path, when], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    newest = checkpoints(tmp_path)[-1]
-    assert (newest.name, is_complete(newest)) == ("checkpoint-4", when == "between")
+    newest = tmp_path / "checkpoint-4"
+    assert (what_is_missing(newest) == "") is (when == "between")
     result = finetune(new_model(seed=5), *data, tmp_path, **LONG)
     assert result["resumed_from"] == (4 if when == "between" else 2)
     assert ("incomplete checkpoint skipped" in capsys.readouterr().out) is (when != "between")
@@ -332,13 +407,34 @@ HALF_WRITTEN = {
 }
 
 
+def test_checkpoints_without_optimizer_are_kept(data, tmp_path, capsys):
+    """`save_only_model` and a kill: training cannot go on from there, and what is there is not thrown away."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    arguments = {**SHORT, "save_only_model": True}
+    with pytest.raises(KeyboardInterrupt):
+        finetune(new_model(), *data, tmp_path, callbacks=[Interrupt()], **arguments)
+    stored = (tmp_path / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+    result = finetune(new_model(), *data, tmp_path, **arguments)
+    assert result["resumed_from"] is None
+    assert "optimizer.pt 缺失或不完整（save_only_model" in capsys.readouterr().out
+    assert (tmp_path / "incomplete-checkpoint-2-1" / "adapter_model.safetensors").read_bytes() == stored
+
+
 @pytest.mark.parametrize("damage", HALF_WRITTEN)
 def test_half_written_checkpoint_is_skipped_for_the_one_before(trained, tmp_path, damage):
     run = shutil.copytree(trained.directory, tmp_path / "run")
     assert last_complete_checkpoint(run).name == "checkpoint-4"
     HALF_WRITTEN[damage](run / "checkpoint-4")
     assert last_complete_checkpoint(run).name == "checkpoint-2"
-    assert not (run / "checkpoint-4").exists()
+    assert (run / "incomplete-checkpoint-4-1").is_dir() and not (run / "checkpoint-4").exists()
+    shutil.copytree(run / "incomplete-checkpoint-4-1", run / "checkpoint-4")
+    assert last_complete_checkpoint(run).name == "checkpoint-2"
+    assert (run / "incomplete-checkpoint-4-2").is_dir()  # nothing is ever deleted
 
 
 # --- the folder
@@ -354,8 +450,21 @@ def test_a_finished_run_is_not_overwritten_by_accident(data, trained, tmp_path):
     (run / "notes.txt").write_text("mine")
     with pytest.raises(FinetuneError, match="output directory in use"):
         finetune(new_model(), *data, run, **SHORT)
-    result = finetune(new_model(), *data, run, overwrite=True, **SHORT)
-    assert result["resumed_from"] is None
+    stored = (run / "adapter_model.safetensors").read_bytes()
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            assert (run / "adapter_model.safetensors").read_bytes() == stored
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(new_model(), *data, run, overwrite=True, callbacks=[Interrupt()], **SHORT)
+    assert json.loads((run / "finetune.json").read_text(encoding="utf-8"))["finished"]  # the old one is still whole
+    add_adapter(helpers.load("nano", dtype="float32")[0], run)
+    result = finetune(new_model(seed=3), *data, run, overwrite=True, **SHORT)
+    assert result["resumed_from"] == 2
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-2", "checkpoint-4"]
     assert result["eval_loss"] == pytest.approx(trained.result["eval_loss"], abs=1e-6)
     assert (run / "notes.txt").read_text() == "mine"
 
@@ -373,7 +482,7 @@ def test_a_run_with_other_settings_is_not_resumed(data, trained, tmp_path, chang
     model, train_rows, eval_rows, arguments = CHANGES[change](data)
     with pytest.raises(FinetuneError, match="另一组设置.*output directory in use"):
         finetune(model, train_rows, eval_rows, run, **arguments)
-    assert len(checkpoints(run)) == 2
+    assert len(list(run.glob("checkpoint-*"))) == 2
 
 
 def test_directory_that_cannot_be_written_stops_before_training(data, tmp_path):
@@ -398,7 +507,7 @@ def test_full_disk_stops_before_training(data, tmp_path):
     try:
         with pytest.raises(FinetuneError, match="not enough disk space"):
             finetune(new_model(), *data, tmp_path / "run", **SHORT)
-        assert checkpoints(tmp_path / "run") == []
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -448,13 +557,15 @@ def test_other_errors_are_not_called_out_of_memory(data, tmp_path):
 # --- the command, and two processes
 
 
+SETTINGS = {"max_steps": 3, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 3, "save_steps": 3}
+OPTIONS = [word for name, value in SETTINGS.items() for word in ("--set", name, value)]
+
+
 def command(*arguments, launch=()):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     environment["ACCELERATE_USE_CPU"] = "true"
-    options = {"max_steps": 3, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 3, "save_steps": 3}
-    settings = [word for name, value in options.items() for word in ("--set", name, str(value))]
     return subprocess.run(
-        [sys.executable, *launch, "--model", "nano", *settings, *map(str, arguments)],
+        [sys.executable, *launch, "--model", "nano", *map(str, [*OPTIONS, *arguments])],
         capture_output=True, text=True, encoding="utf-8", env=environment,
     )  # fmt: skip
 
@@ -503,32 +614,60 @@ def test_two_processes_do_what_one_does(small_file, tmp_path):
         assert loss_of_two == pytest.approx(loss, abs=2e-3)
 
 
-def test_command_trains_and_merges(small_file, tmp_path):
-    done = command(
-        "--data", small_file, "--output-dir", tmp_path / "out", "--merge-to", tmp_path / "merged",
-        "--learning-rate", 0.01, launch=["-m", "helpers", "finetune"],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "可训练参数 [trainable]：36,864" in done.stdout
-    before, after = done.stdout.split("held-out perplexity]：")[1].split("。")[0].split(" -> ")
+def test_command_trains_and_merges(small_file, tmp_path, monkeypatch, capsys):
+    options = [*OPTIONS, "--data", small_file, "--learning-rate", 0.01, "--output-dir", tmp_path / "out"]
+    assert run_main(monkeypatch, *options, "--merge-to", tmp_path / "merged") == 0
+    output = capsys.readouterr().out
+    assert "可训练参数 [trainable]：36,864" in output
+    before, after = output.split("held-out perplexity]：")[1].split("。")[0].split(" -> ")
     assert float(after) < float(before)
     helpers.load("nano", adapter=tmp_path / "out")
     helpers.load(tmp_path / "merged")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--set", "learning_rat", "1"], "learning_rate [did you mean]"),
-        (["--set", "output_dir", "x"], "unknown training argument"),
-        (["--data", "nowhere.json"], "cannot read file"),
-        (["--card", "无名氏"], "file not found"),
-        (["--quantization", "nf4", "--merge-to", "x"], "cannot merge into a quantised base"),
-    ],
-)
-def test_command_refuses_at_once(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["helpers", "finetune", "--model", "nano", *arguments])
-    with pytest.raises(SystemExit) as end:
+def run_main(monkeypatch, *arguments) -> int:
+    """Exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["helpers", "finetune", "--model", "nano", *map(str, arguments)])
+    try:
         main()
-    assert end.value.code == 1
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+FEW = "few.jsonl"
+REFUSED = {
+    "unknown argument": (["--set", "learning_rat", "1"], "learning_rate [did you mean]"),
+    "folder twice": (["--set", "output_dir", "x"], "unknown training argument"),
+    "batches of nothing": (["--set", "per_device_train_batch_size", "0"], "invalid training argument"),
+    "not a number": (["--set", "weight_decay", "nan"], "invalid training argument"),
+    "strategy": (["--set", "eval_strategy", "sometimes"], "invalid training argument"),
+    "no data": (["--data", "nowhere.json"], "cannot read file"),
+    "few rows": (["--data", FEW, "--card", "阿九"], "too few rows"),
+    "rows too long": (["--max-length", "32"], "no usable rows"),
+    "no card": (["--card", "无名氏"], "file not found"),
+    "rank": (["--rank", "0"], "invalid LoRA parameter"),
+    "targets": (["--targets", "query_key_value"], "unknown targets"),
+    "quantization": (["--quantization", "int3"], "unknown quantization"),
+    "merge quantised": (["--quantization", "nf4", "--merge-to", "x"], "cannot merge into a quantised base"),
+    "merge into a file": (["--merge-to", FEW], "target not empty"),
+    "merge into the base": (["--merge-to", NANO], "target not empty"),
+    "merge inside the base": (["--merge-to", NANO / "merged"], "target inside the model"),
+    "merge below a file": (["--merge-to", f"{FEW}/merged"], "cannot write"),
+    "adapter into the base": (["--output-dir", NANO], "output directory is a model"),
+    "a finished run": (["--output-dir", "finished"], "output directory in use"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_command_refuses_before_the_model_is_loaded(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / FEW).write_text(json.dumps({"instruction": "吃了吗", "output": "吃了。"}), encoding="utf-8")
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "finetune.json").write_text('{"finished": true}')
+    monkeypatch.setattr("helpers.finetune.command.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    before = sorted(NANO.iterdir())
+    arguments, message = REFUSED[name]
+    assert run_main(monkeypatch, *arguments) == 1
     assert message in capsys.readouterr().err
+    assert sorted(NANO.iterdir()) == before and not (tmp_path / "x").exists()

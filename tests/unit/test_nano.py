@@ -8,7 +8,7 @@ import pytest
 from evaluate_nano import SCRIPTED_QUESTIONS, evaluate
 
 import helpers
-from helpers.loading import NANO_DIR
+from helpers.model.loading import NANO_DIR
 
 EVALUATION = json.loads((NANO_DIR / "evaluation.json").read_text(encoding="utf-8"))
 
@@ -64,7 +64,7 @@ def test_card_and_evaluation_agree_with_what_is_measured(figures):
 
 
 def test_training_log_is_of_these_dialogues():
-    from helpers.dialogues import load_dialogues
+    from helpers.characters.dialogues import load_dialogues
 
     log = json.loads((NANO_DIR / "training_log.json").read_text())
     held_out = sum(dialogue.held_out for dialogue in load_dialogues())

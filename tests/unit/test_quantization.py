@@ -2,18 +2,21 @@
 
 from types import SimpleNamespace
 
+import bitsandbytes
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 from peft import get_peft_model_state_dict
-from reference import REPOSITORY
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import helpers
-from helpers.__main__ import main
-from helpers.dialogues import load_dialogues
-from helpers.estimate import weight_bytes
+from helpers.characters.dialogues import load_dialogues
+from helpers.cli.app import app
+from helpers.errors import HelpersError
 from helpers.finetune import add_lora, encode_samples, finetune, perplexity
-from helpers.loading import base_fingerprint
+from helpers.inspect.estimate import weight_bytes
+from helpers.model.adapters import base_fingerprint
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 SHORT = {"max_steps": 4, "learning_rate": 5e-3, "logging_steps": 1, "per_device_train_batch_size": 4}
@@ -80,6 +83,7 @@ def test_a_saved_copy_computes_the_same(quantized, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, again(IDS).logits)
 
 
+@pytest.mark.slow
 def test_lora_learns_on_a_quantised_base(quantized, rows, tmp_path):
     base, tokenizer = helpers.load("nano", dtype="float32", device_map="cpu", quantization=quantized.kind)
     torch.manual_seed(0)
@@ -97,27 +101,71 @@ def test_lora_learns_on_a_quantised_base(quantized, rows, tmp_path):
     assert perplexity(full, rows[0]) < before
 
 
-def test_the_terminal_chats_with_a_quantised_model(run_command, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    arguments = [
-        "-m",
-        "helpers",
-        "chat",
-        "--model",
-        "nano",
-        "--quantization",
-        "int8",
-        "--no-do-sample",
-        "--once",
-        "你好",
-    ]
-    done = run_command(*arguments)
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
-    assert "MatMul8bitLt" not in done.stderr  # bitsandbytes would say it for every layer and token
+@pytest.fixture
+def cpu_with_bfloat16(monkeypatch):
+    """bitsandbytes as on a CPU with AVX512-BF16, where `Linear4bit` repacks its weights when it is used for inference.
+
+    Feature detection says yes, and the repacking is bitsandbytes' own (plain torch). Replaced is only the kernel that
+    multiplies with repacked weights, as it needs that CPU's instructions. It is registered where the native one is, so
+    that torch treats it alike: as an operation without gradients.
+    """
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    kernels = torch.library.Library("bitsandbytes", "IMPL")
+    kernels.impl("gemv_4bit", multiply_repacked, "CPU", allow_override=True)
+    yield
+    kernels._destroy()
 
 
-def test_quantized_and_compiled_is_refused_by_the_command(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["helpers", "demo", "--model", "nano", "--quantization", "nf4", "--compile"])
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    assert "cannot compile a quantised model" in capsys.readouterr().err
+def multiply_repacked(x, packed, shape, absmax, code, blocksize):
+    """x W^T for W of `shape` [N, K], repacked by bitsandbytes, with `absmax` of the shape [K / blocksize, N].
+
+    The native kernel writes through pointers into `out` and returns a view of it: autograd sees nothing but the view.
+    """
+    state = SimpleNamespace(
+        packing_format_for_cpu=True, original_qshape=(-1, 1), original_nested=False, original_dtype=None
+    )
+    with torch.no_grad():
+        weight, _ = _convert_weight_packed_for_cpu_inverse(packed, state)
+        scales = absmax.T.reshape(-1).float()
+        weight = torch.ops.bitsandbytes.dequantize_4bit(weight, scales, blocksize, "nf4", shape, torch.float32)
+        out = (x.flatten(0, -2).to(torch.bfloat16) @ weight.T.to(torch.bfloat16)).to(x.dtype)
+    return out.reshape(*x.shape[:-1], shape[0])
+
+
+@pytest.mark.usefixtures("cpu_with_bfloat16")
+def test_a_4_bit_model_can_be_trained_after_inference():
+    """Without gradients first, as in an evaluation: that is when bitsandbytes repacks."""
+    model, _ = helpers.load("nano", dtype="float32", device_map="cpu", quantization="nf4")
+    stored = {name: weight.clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        before = model(IDS).logits
+    assert all(torch.equal(weight, stored[name]) for name, weight in model.named_parameters())
+    tuned = add_lora(model).train()
+    tuned(IDS, labels=IDS).loss.backward()
+    assert all(weight.grad is not None for name, weight in tuned.named_parameters() if "lora_B" in name)
+    assert torch.equal(tuned.eval()(IDS).logits, before), "a new adapter changes nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_with_bfloat16")
+def test_a_4_bit_model_can_be_trained_after_an_evaluation(rows, tmp_path):
+    model, _ = helpers.load("nano", dtype="float32", device_map="cpu", quantization="nf4")
+    before = perplexity(model, rows[0])  # as notebook 04 does it: on the base first
+    torch.manual_seed(0)
+    tuned = add_lora(model)
+    finetune(tuned, *rows, tmp_path, **SHORT, **STEPS)  # it evaluates before the first step
+    assert perplexity(tuned, rows[0]) < before
+
+
+def test_the_terminal_chats_with_a_quantised_model(capfd):
+    arguments = ["--model", "nano", "--quantization", "int8", "--no-do-sample", "--once", "你好"]
+    done = CliRunner().invoke(app, ["chat", *arguments])
+    assert (done.exit_code, len(done.stdout.splitlines())) == (0, 1), done.output
+    # bitsandbytes would say it for every layer and token
+    assert "MatMul8bitLt" not in done.output + "".join(capfd.readouterr())
+
+
+def test_quantized_and_compiled_is_refused_by_the_command():
+    refused = CliRunner().invoke(app, ["chat", "--model", "nano", "--quantization", "nf4", "--compile"])
+    assert isinstance(refused.exception, HelpersError)  # main() prints it as one line
+    assert "cannot compile a quantised model" in str(refused.exception)

@@ -9,17 +9,20 @@ import pytest
 from jupyter_client.kernelspec import KernelSpec
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
+from typer.testing import CliRunner
 
-from helpers.__main__ import join_pairs
-from helpers.receipt import PROJECT_DIR, ReceiptError
-from helpers.refresh import WIDGET_VIEW, PersonalPathError, refresh_notebooks, strip_for_git
-from helpers.runner import (
+from helpers.cli.app import app
+from helpers.cli.options import typed
+from helpers.inspect.receipt import ReceiptError
+from helpers.paths import PROJECT_DIR
+from helpers.tools import runner
+from helpers.tools.refresh import WIDGET_VIEW, PersonalPathError, refresh_notebooks, strip_for_git
+from helpers.tools.runner import (
     InterpreterKernelManager,
     RunError,
     declared_parameters,
     find_notebooks,
     format_failure,
-    parse_parameters,
     plan_parameters,
     run_notebooks,
 )
@@ -96,15 +99,14 @@ def test_not_a_number_is_refused(folder: Path) -> None:
 
 def test_values_are_typed_as_papermill_types_them() -> None:
     pairs = [("A", "3"), ("B", "0.5"), ("C", "True"), ("D", "None"), ("E", "1e-4"), ("F", "nano"), ("G", "-1")]
-    assert list(parse_parameters(pairs).values()) == [3, 0.5, True, None, 1e-4, "nano", -1]
+    assert list(typed(pairs).values()) == [3, 0.5, True, None, 1e-4, "nano", -1]
 
 
-def test_pairs_on_the_command_line() -> None:
-    words = ["run", "-p", "A", "-1", "01", "-p", "B=x", "02"]
-    assert join_pairs(words) == ["run", "-p", "A=-1", "01", "-p", "B=x", "02"]
-    assert join_pairs(["-p", "A", "x=y"]) == ["-p", "A=x=y"]
-    assert join_pairs(["-p"]) == ["-p"]
-    assert join_pairs(["-p", "A"]) == ["-p", "A"]
+def test_pairs_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(runner, "run_notebooks", lambda numbers, **options: seen.update(options, numbers=numbers) or [])
+    assert CliRunner().invoke(app, ["run", "-p", "A", "-1", "01", "--parameter", "B", "x=y", "02"]).exit_code == 0
+    assert (seen["numbers"], seen["parameters"]) == (["01", "02"], {"A": -1, "B": "x=y"})
 
 
 def test_run_keeps_copies_and_a_report(folder: Path, tmp_path: Path) -> None:

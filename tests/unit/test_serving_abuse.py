@@ -178,8 +178,9 @@ def test_only_turns_that_could_fit_are_rendered(server, monkeypatch):
 # --- connections
 
 
-def test_a_body_that_never_ends(nano, server):
-    with LiveServer(create_app(nano), body_seconds=0.5) as hasty:
+def test_a_body_that_never_ends(nano, server, monkeypatch):
+    monkeypatch.setattr("helpers.serving.limits.BODY_SECONDS", 0.5)
+    with LiveServer(create_app(nano)) as hasty:
         start = time.monotonic()
         headers = b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         with socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as client:
@@ -194,7 +195,7 @@ def test_a_body_that_never_ends(nano, server):
 def test_a_reader_that_never_reads(nano, monkeypatch):
     """The slot is free when the reply is done, and in the end the connection is, too."""
     monkeypatch.setattr("helpers.serving.server.SEND_SECONDS", 1.0)
-    slow = LiveServer(create_app(nano, context=1024), send_seconds=1.0)
+    slow = LiveServer(create_app(nano, context=1024))
     slow.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or the kernel would take the whole reply
     with slow, endless(slow.engine.model):
         body = ask(max_tokens=LONG, stream=True)
@@ -320,7 +321,8 @@ def test_health_answers_while_all_slots_are_busy(server):
 # --- whatever else
 
 
-def test_schemathesis_finds_no_server_error(nano):
+@pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_schemathesis_finds_no_server_error(nano, examples):
     """Requests made from the OpenAPI schema, valid and not."""
     statuses = set()
     with nano_server(nano, context=160) as small, requests.Session() as session:  # short replies
@@ -331,7 +333,7 @@ def test_schemathesis_finds_no_server_error(nano):
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
 
                 @settings(
-                    max_examples=40 if operation.method == "post" else 5,
+                    max_examples=examples if operation.method == "post" else 5,
                     derandomize=True,
                     deadline=None,
                     database=None,

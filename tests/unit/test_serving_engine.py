@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.generation.continuous_batching.requests import RequestState
 
 import helpers
-from helpers.chat import encode_prompt
+from helpers.chat.fitting import encode_prompt
 from helpers.errors import ChatError, EngineError, OverloadError
-from helpers.loading import ADAPTER_CARD
+from helpers.model.adapters import ADAPTER_CARD
 from helpers.serving.engine import PAGE_TOKENS, Engine, Generation
 from helpers.serving.service import Service
 
@@ -102,6 +102,7 @@ def test_replies_are_those_of_generate(nano, prompts, slots):
     assert max(at_once) == min(slots, len(requests))
 
 
+@pytest.mark.slow
 def test_requests_that_lose_their_cache_go_on_where_they_were(nano, prompts, monkeypatch):
     evicted, start_again = [], RequestState.create_equivalent_initial_request
 
@@ -130,13 +131,15 @@ def test_prompts_longer_than_one_pass(nano, prompts):
     assert_as_alone(nano[0], requests, replies)
 
 
-@pytest.mark.parametrize("length", [512 - 1, 512 - 12, 100])
-def test_a_reply_may_fill_the_whole_cache(nano, prompts, length):
+def test_a_reply_may_fill_the_whole_cache(nano, prompts):
+    lengths = [192 - 1, 192 - 12, 100]
+
     async def scenario(engine):
         with endless(engine.model):
-            return await read(engine.generate((prompts[0] * 10)[:length], parameters(max_new_tokens=10**9)))
+            endlessly = parameters(max_new_tokens=10**9)
+            return [len(await read(engine.generate((prompts[0] * 4)[:n], endlessly))) for n in lengths]
 
-    assert len(with_engine(nano[0], scenario, cache_tokens=512)) == 512 - length
+    assert with_engine(nano[0], scenario, cache_tokens=192) == [192 - n for n in lengths]
 
 
 def test_cancelling_frees_the_slot(nano, prompts):
@@ -170,12 +173,11 @@ def test_the_queue_is_bounded(nano, prompts):
     async def scenario(engine):
         with endless(engine.model, 0.005):
             accepted = [engine.generate(prompts[0], parameters(**LONG)) for _ in range(2)]
-            with engine.admitted():
-                assert engine.in_flight == 3 and engine.waiting == 2
-                with pytest.raises(OverloadError), engine.admitted():
-                    pass
-                with pytest.raises(OverloadError):
-                    engine.generate(prompts[0], parameters(**LONG))
+            prepared = engine.reserve()
+            assert engine.in_flight == 3 and engine.waiting == 2
+            with pytest.raises(OverloadError):
+                engine.generate(prompts[0], parameters(**LONG))
+            prepared.cancel()
             assert engine.in_flight == 2
             for generation in accepted:
                 generation.cancel()
@@ -184,56 +186,43 @@ def test_the_queue_is_bounded(nano, prompts):
     assert with_engine(nano[0], scenario, slots=1, queue_size=2)
 
 
-@pytest.mark.parametrize(
-    "ids, fields",
-    [
-        ([], {}),
-        ([-1], {}),
-        ([4096], {}),
-        ([10**30], {}),
-        ([5] * 1024, {}),
-        ([5], {"temperature": 0.0}),
-        ([5], {"temperature": float("nan")}),
-        ([5], {"temperature": -1.0}),
-        ([5], {"top_p": float("nan")}),
-        ([5], {"top_p": 0.0}),
-        ([5], {"top_k": -1}),
-        ([5], {"repetition_penalty": 0.0}),
-        ([5], {"max_new_tokens": 0}),
-        ([5], {"seed": -1}),
-        ([5], {"seed": 2**63}),
-    ],
-)
-def test_what_would_stop_the_engine_is_refused(nano, prompts, ids, fields):
+def test_what_would_stop_the_engine_is_refused(nano, prompts):
+    bad_prompts = [[], [-1], [4096], [10**30], [5] * 1024]
+    bad_fields = [
+        *({"temperature": value} for value in (0.0, float("nan"), -1.0)),
+        *({"top_p": value} for value in (float("nan"), 0.0)),
+        *({"top_k": -1}, {"repetition_penalty": 0.0}, {"max_new_tokens": 0}, {"seed": -1}, {"seed": 2**63}),
+    ]
+
     async def scenario(engine):
-        with pytest.raises(ChatError):
-            engine.generate(ids, parameters(**fields))
+        for ids, fields in [*((ids, {}) for ids in bad_prompts), *(([5], fields) for fields in bad_fields)]:
+            with pytest.raises(ChatError):
+                engine.generate(ids, parameters(**fields))
+            assert engine.in_flight == 0
         assert await read(engine.generate(prompts[0], parameters()))
         assert engine.alive and engine.restarts == 0
 
     with_engine(nano[0], scenario, cache_tokens=1024)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
+def test_extreme_values_are_served(nano, prompts):
+    extreme = [
         {"temperature": 1e-300},
         {"top_p": 1e-300},
         {"top_k": 10**400},
         {"top_k": 4097},
         {"repetition_penalty": 1e-300},
         {"max_new_tokens": 10**30},
-    ],
-)
-def test_extreme_values_are_served(nano, prompts, fields):
+    ]
+
     async def scenario(engine):
-        chosen = parameters(**fields)
-        replies = await write_all(engine, [(prompts[0], chosen), (prompts[1], parameters(do_sample=False))])
+        requests = [(prompts[0], parameters(**fields)) for fields in extreme]
+        replies = await write_all(engine, [*requests, (prompts[1], parameters(do_sample=False))])
         assert engine.alive and engine.restarts == 0
         return replies
 
-    reply, neighbour = with_engine(nano[0], scenario, cache_tokens=1024, context=128)
-    assert reply
+    *replies, neighbour = with_engine(nano[0], scenario, cache_tokens=1024, context=128)
+    assert all(replies)
     assert neighbour == one_at_a_time(nano[0], prompts[1], parameters(do_sample=False))
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
-from helpers.generation import GenerationParameters
+from helpers.chat.generation import GenerationParameters
 from helpers.serving.sampling import RequestSampler, Sampling, likely_tokens, penalise_repetition
 
 VOCABULARY = 64

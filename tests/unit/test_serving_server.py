@@ -15,9 +15,10 @@ from live_server import LiveServer, ask, wait_until
 
 import helpers
 from helpers.errors import CheckpointError, HelpersError
+from helpers.network import free_port, listen
 from helpers.serving import Server, serve, service
 from helpers.serving.app import create_app
-from helpers.serving.server import free_port, listen, require_key
+from helpers.serving.server import check_key
 
 # Nano's own replies are short. At this temperature it babbles; with this seed, for all of the tokens.
 BABBLE = {"temperature": 10, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "seed": 1, "stream": True}
@@ -61,13 +62,13 @@ def test_other_machines_need_a_key(host):
         serve("nano", host=host)
     with pytest.raises(HelpersError, match="api key required"):
         serve("nano", host=host, api_key="")
-    require_key(host, None, insecure=True)
-    require_key(host, KEY, insecure=False)
+    check_key(host, None, insecure=True)
+    check_key(host, KEY, insecure=False)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
 def test_this_machine_needs_none(host):
-    require_key(host, None, insecure=False)
+    check_key(host, None, insecure=False)
 
 
 @pytest.mark.parametrize("key", ["密钥", " sk", "a\nb", "\udcff"])

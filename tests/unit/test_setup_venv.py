@@ -31,7 +31,7 @@ def build_editable(directory, config_settings=None, metadata_directory=None):
     return "project-1-py3-none-any.whl"
 """
 FILES = {
-    "requirements.txt": "torch>=2.6\nneeds-torch\n",
+    "requirements.txt": "torch>=2.6\nneeds-torch\n-e .\n",
     "requirements-dev.txt": "-r requirements.txt\nipykernel\n",
     "constraints.txt": "",
     "backend.py": BACKEND,

@@ -1,10 +1,11 @@
-"""The terminal face: commands on CharacterGLM-Nano in this process, then `python -m helpers chat` as a program, in pipes
-and on real pseudo-terminals."""
+"""The terminal face: commands and pipes on CharacterGLM-Nano in this process, then `python -m helpers chat` as a program,
+on real pseudo-terminals."""
 
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,13 +14,16 @@ from contextlib import contextmanager
 import pexpect
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 import helpers
-from helpers.characters import MAX_FILE_BYTES
+from helpers.characters.personas import MAX_FILE_BYTES
+from helpers.cli.app import app
+from helpers.demo import terminal as terminal_module
 from helpers.demo.conversations import Conversations
 from helpers.demo.files import open_file
 from helpers.demo.terminal import TerminalChat, plain
-from helpers.errors import CharacterError
+from helpers.errors import CharacterError, HelpersError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 CHAT = ("-m", "helpers", "chat", "--model", "nano")
@@ -268,33 +272,29 @@ def test_model_text_is_neither_markup_nor_control(chat, nano):
     assert "苏梦远：[red]红[/red] �]0;pwned�[/]\n" in printed(chat)
 
 
-# --- the program in a pipe
+# --- the command in a pipe
 
 
-def run_chat(*options, text="", env=None):
-    return subprocess.run(
-        [sys.executable, *CHAT, *options],
-        input=text if isinstance(text, bytes) else text.encode(),
-        capture_output=True,
-        timeout=120,
-        env={**os.environ, **(env or {})},
-    )
+@pytest.fixture
+def run_chat(nano, monkeypatch):
+    monkeypatch.setattr(terminal_module, "load", lambda *args, **options: nano)
+    return lambda *options, text="": CliRunner().invoke(app, [*CHAT[2:], *options], input=text)
 
 
-def test_pipe_answers_line_by_line(nano):
+def test_pipe_answers_line_by_line(nano, run_chat):
     done = run_chat("--no-do-sample", "--max-new-tokens", "12", text="你好\n\n/help\n再见")
     session = helpers.ChatSession(*nano, helpers.get_character("苏梦远"), **GREEDY)
     expected = [session.send(line) for line in ("你好", "/help", "再见")]
-    assert done.returncode == 0
-    assert done.stdout.decode().split("\n") == [*expected, ""]
+    assert done.exit_code == 0
+    assert done.stdout.split("\n") == [*expected, ""]
 
 
-def test_once_with_a_seed_repeats_itself():
+def test_once_with_a_seed_repeats_itself(run_chat):
     options = ("--once", "讲个故事", "--seed", "3", "--temperature", "2.0", "--character", "孙悟空")
     first, second = run_chat(*options), run_chat(*options)
-    assert first.returncode == 0
+    assert first.exit_code == 0
     assert first.stdout == second.stdout
-    assert len(first.stdout.decode().strip()) > 0 and first.stdout.count(b"\n") == 1
+    assert len(first.stdout.strip()) > 0 and first.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -306,17 +306,23 @@ def test_once_with_a_seed_repeats_itself():
         ([], b"\xc4\xe3\n", "invalid Unicode"),
     ],
 )
-def test_failure_is_one_line_and_an_exit_code(options, text, problem):
+def test_failure_is_a_message_and_nothing_else(run_chat, options, text, problem):
     done = run_chat(*options, text=text)
-    assert done.returncode == 1
-    assert done.stdout == b""
-    assert f"[{problem}]" in done.stderr.decode() and "Traceback" not in done.stderr.decode()
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert isinstance(done.exception, HelpersError) and f"[{problem}]" in str(done.exception)
 
 
-def test_pipe_in_a_narrow_encoding(tmp_path):
-    done = run_chat("--once", "你好", env={"PYTHONIOENCODING": "ascii", "LANG": "C"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() and done.stdout.isascii()
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "code", "shown"), [("你好", 0, b""), (" ", 1, "错误 [error]：query 是空的 [empty text]".encode())]
+)
+def test_program_in_a_pipe_of_a_narrow_encoding(text, code, shown):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii:backslashreplace" if code == 0 else "utf-8", "LANG": "C"}
+    done = subprocess.run([sys.executable, *CHAT, "--once", text], capture_output=True, timeout=300, env=env)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.isascii() and bool(done.stdout.strip()) == (code == 0)
+    assert shown in done.stderr and b"Traceback" not in done.stderr
 
 
 # --- the program on a terminal
@@ -331,10 +337,12 @@ def terminal(*options, **environment):
         sys.executable,
         [*CHAT, *options],
         env=env,
-        timeout=60,
+        timeout=120,
         dimensions=(40, 100),
         encoding=encoding,
         codec_errors="replace",
+        # A shell that starts the tests in the background lets them, and what they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     child.delaybeforesend = 0.2
     try:
@@ -380,6 +388,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tmp_path):
     assert query == "讲个很长的故事" and len(partial) >= 20
 
 
+@pytest.mark.slow
 def test_ctrl_d_leaves():
     with terminal() as child:
         child.expect("陆星辰：")
@@ -389,6 +398,7 @@ def test_ctrl_d_leaves():
         assert child.exitstatus == 0
 
 
+@pytest.mark.slow
 def test_no_control_sequence_of_a_file_reaches_the_terminal(tmp_path):
     card = {**PERSONA, "bot_name": f"小{TITLE}明", "greeting": "老师[bold]好\x1b[2J"}
     exported = {"format": "characterglm-chat/1", "session_meta": card, "generation": {}}
@@ -407,6 +417,7 @@ def test_no_control_sequence_of_a_file_reaches_the_terminal(tmp_path):
     assert "\x1b]" not in shown and "\x1b[2J" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [{"LANG": "C", "PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "TERM": "dumb", "PYTHONIOENCODING": "gbk"}],

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import helpers  # noqa: F401 - registers the family
 from helpers.errors import CheckpointError
-from helpers.tokenization import ChatGLMTokenizer
+from helpers.model.tokenization import ChatGLMTokenizer
 
 CONTROL_NAMES = [
     *("</s>", "<s>", "<unk>", "<pad>", "[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<sop>", "<eop>"),

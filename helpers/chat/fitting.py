@@ -1,0 +1,128 @@
+"""Which part of a conversation goes into the prompt: all of it, or what the model's context has room for."""
+
+import bisect
+import warnings
+
+from ..characters.dialogues import history_to_messages
+from ..errors import ChatError
+from ..model.kv_cache import compiled_decoding
+from .generation import GenerationParameters
+
+MIN_REPLY_TOKENS = 16  # a prompt that leaves less room than this is refused
+
+
+class ContextWarning(UserWarning):
+    """The conversation no longer fits the model's context: its oldest turns are not in the prompt."""
+
+
+def check_history(history) -> None:
+    """`ChatError` unless it is a list of [query, response] in valid Unicode; only the first query may be ""."""
+    if not isinstance(history, (list, tuple)):
+        raise ChatError(f"history 应为列表 [malformed history]，每项是 [query, response]，收到 {history!r:.80}")
+    for number, entry in enumerate(history, start=1):
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            raise ChatError(f"history 第 {number} 项应为 [query, response] [malformed history]，收到 {entry!r:.80}")
+        if entry[0] != "" or number > 1:
+            check_text(entry[0], f"history 第 {number} 项的 query")
+        check_text(entry[1], f"history 第 {number} 项的 response", may_be_empty=True)
+
+
+def check_text(text, where: str, may_be_empty: bool = False) -> str:
+    """`text`, if something can be made of it; else `ChatError` that says `where`."""
+    if not isinstance(text, str):
+        raise ChatError(f"{where} 应为字符串 [not a string]，收到 {type(text).__name__}")
+    if not text.strip() and not may_be_empty:
+        raise ChatError(f"{where} 是空的 [empty text]：请先写点什么")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ChatError(f"{where} 含有不成对的代理字符 [invalid Unicode]：请检查文本的编码") from None
+    return text
+
+
+def build_turns(query: str, history) -> list[list[dict]]:
+    """The chat messages of each exchange, and of the new query. Raises as `check_history`."""
+    check_history(history)
+    question = {"role": "user", "content": check_text(query, "query")}
+    return [*(history_to_messages([entry]) for entry in history), [question]]
+
+
+def encode_turns(tokenizer, session_meta, turns: list[list[dict]]) -> list[int]:
+    """The ids of the prompt, from [gMASK] <sop> to the character's name."""
+    messages = [message for turn in turns for message in turn]
+    prompt = tokenizer.apply_chat_template(messages, session_meta=session_meta, add_generation_prompt=True)
+    return prompt["input_ids"]
+
+
+def encode_prompt(tokenizer, session_meta, query: str, history) -> list[int]:
+    """As `encode_turns`, for a query and a history. Raises as `check_history`."""
+    return encode_turns(tokenizer, session_meta, build_turns(query, history))
+
+
+def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, dropped: int = 0) -> tuple[list[int], int]:
+    """The prompt with as many turns as `limit` tokens allow. The persona and the last turn always stay.
+
+    When turns must go, the oldest go until the prompt is down to three quarters of the limit: dropping one in every
+    turn would change the beginning of every prompt, and no KV cache could be reused.
+
+    Args:
+        turns: from `build_turns`.
+        dropped: how many of the oldest turns are left out already.
+
+    Returns:
+        `(input_ids, dropped)`. The ids are more than `limit` if the persona and the last turn alone are.
+    """
+
+    def prompt(start: int) -> list[int]:
+        return encode_turns(tokenizer, session_meta, turns[start:])
+
+    input_ids = prompt(0)
+    if len(input_ids) <= limit:
+        return input_ids, 0
+    dropped = min(dropped, len(turns) - 1)
+    input_ids = prompt(dropped)
+    if not limit // 2 <= len(input_ids) <= limit:  # shorter: more was dropped than this limit asks for
+        # Fewer turns never make a longer prompt, so the smallest number to drop can be found by bisection.
+        starts = range(len(turns) - 1)
+        dropped = bisect.bisect_left(starts, True, key=lambda start: len(prompt(start)) <= limit * 3 // 4)
+        input_ids = prompt(dropped)
+    return input_ids, dropped
+
+
+def fit_prompt(
+    tokenizer, session_meta, turns: list[list[dict]], parameters: GenerationParameters, context: int, dropped: int = 0
+) -> tuple[list[int], int, int]:
+    """The prompt of `fit_turns` with room for a reply, within `context` tokens for both.
+
+    Returns:
+        `(input_ids, dropped, max_new_tokens)`.
+
+    Raises:
+        ChatError: the persona and the last turn alone leave no room for a reply.
+    """
+    reserve = min(parameters.max_new_tokens, max(1, context // 4))  # room for the reply
+    input_ids, dropped = fit_turns(tokenizer, session_meta, turns, context - reserve, dropped)
+    room = context - len(input_ids)
+    if room < min(parameters.max_new_tokens, MIN_REPLY_TOKENS):
+        raise ChatError(
+            f"人设和这句话太长 [prompt too long]：共 {len(input_ids)} 个 token，加上回复最多 {context}。请缩短人设或这句话"
+        )
+    return input_ids, dropped, min(parameters.max_new_tokens, room)
+
+
+def warn_dropped(dropped: int) -> None:
+    """Say that the oldest exchanges are no longer in the prompt."""
+    text = f"对话超出上下文长度 [context full]：最早的 {dropped} 轮没有放进 prompt，人设保留"
+    # With `warn`, Python shows a text only once: a second conversation would lose its turns in silence.
+    warnings.warn_explicit(text, ContextWarning, __file__, 0, registry={})
+
+
+def context_length(model) -> int:
+    """How many tokens, prompt and reply together: 32,768 for the 6B; a compiled model's cache may be shorter."""
+    decoding = compiled_decoding(model)
+    return model.config.max_position_embeddings if decoding is None else decoding.length
+
+
+def context_limit(model, parameters: GenerationParameters) -> int:
+    """How many tokens, prompt and reply together, these parameters allow."""
+    return min(parameters.max_length or context_length(model), context_length(model))

@@ -1,0 +1,240 @@
+"""`ChatSession`: a conversation that keeps its KV cache, and can go back, change and be saved."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..characters.personas import as_session_meta
+from ..errors import BusyError, ChatError
+from ..model.kv_cache import new_cache
+from .chat import last, make_reply, read
+from .fitting import check_history, check_text, context_limit, encode_turns, history_to_messages
+from .generation import GenerationParameters, decode_reply, model_defaults
+from .reply import Reply
+
+EXPORT_FORMAT = "characterglm-chat/1"
+
+
+class ChatSession:
+    """A conversation with one character, which keeps the KV cache from turn to turn.
+
+    Only tokens that differ from the last prompt are computed again, so the time to the first token does not grow with
+    the conversation. `history` is a list of [query, response] and may be read at any time. `regenerate` keeps the old
+    replies: `alternatives` has them all, `swipe` shows another one.
+
+    Args:
+        session_meta: persona; a `CharacterCard` with a greeting lets the character speak first.
+        **generation: defaults for every reply of this session; `send` can override them.
+    """
+
+    def __init__(self, model, tokenizer, session_meta, **generation):
+        GenerationParameters.check(generation)
+        self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self._cache, self._lock = new_cache(model), threading.Lock()
+        self._writing: tuple[list, str, Reply] | None = None  # the last reply, what was said before it, and its query
+        self.session_meta = as_session_meta(session_meta)
+        self.clear()
+
+    def send(self, query: str, **generation) -> str:
+        """Say something and return the whole reply. Raises as `chat`, and `BusyError` while a reply is written."""
+        return last(self.stream(query, **generation))
+
+    def stream(self, query: str, **generation) -> Iterator[str]:
+        """Say something and yield the growing reply.
+
+        When the reply ends, or is stopped or the iterator is closed, what there is of it joins the history. If an
+        error is raised the history stays as it was. An iterator that is neither read on nor closed keeps nobody
+        waiting: the reply ends by itself.
+        """
+        yield from read(self.tokenizer, self.begin(query, **generation))
+
+    def begin(self, query: str, **generation) -> Reply:
+        """Say something and return at once: the reply is written in the background, see `draft` and `error`."""
+        return self._begin(generation, query)
+
+    def stop(self) -> None:
+        """End the reply being written, within one token; what there is of it is kept. From any thread."""
+        if self._writing is not None:
+            self._writing[-1].stop()
+
+    def regenerate(self, **generation) -> str:
+        """Answer the last query again, in place of the last reply, and return the new one."""
+        return last(self.stream_again(**generation))
+
+    def stream_again(self, **generation) -> Iterator[str]:
+        """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised."""
+        yield from read(self.tokenizer, self.begin_again(**generation))
+
+    def begin_again(self, **generation) -> Reply:
+        """Like `regenerate`, in the background. A seed of the session is raised: the same would write the same reply."""
+        if (seed := self.generation.get("seed")) is not None:
+            generation = {"seed": seed + len(self.alternatives), **generation}
+        return self._begin(generation, again=True)
+
+    @property
+    def draft(self) -> tuple[list, str, str] | None:
+        """While a reply is written: the history before it, its query, and its text so far."""
+        past, query, reply = self._writing or ([], "", None)
+        return (past, query, decode_reply(self.tokenizer, reply.token_ids)) if reply and reply.running else None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the last reply failed, until the conversation goes on or changes."""
+        return self._writing and self._writing[-1].error
+
+    @property
+    def alternatives(self) -> list[str]:
+        """The replies to the last query, in the order made; one of them is in the history, see `alternative`."""
+        before, after = self._others
+        return [*before, self.history[-1][1], *after] if self.history else []
+
+    @property
+    def alternative(self) -> int:
+        """Which of `alternatives` is in the history, counted from 0."""
+        return len(self._others[0])
+
+    def swipe(self, step: int = 1) -> str:
+        """Put another alternative into the history: the next (1) or the previous (-1). At either end nothing happens."""
+        with self._changing():
+            query, _ = self._last_exchange()
+            replies = self.alternatives
+            shown = min(max(self.alternative + step, 0), len(replies) - 1)
+            self._others = (replies[:shown], replies[shown + 1 :])
+            self.history[-1] = [query, replies[shown]]
+            return replies[shown]
+
+    def undo(self) -> str:
+        """Take the last exchange back, with all its alternatives, and return its query."""
+        with self._changing():
+            query, _ = self._last_exchange()
+            self.history.pop()
+            self._others = ([], [])
+            return query
+
+    def edit(self, query: str | None = None, response: str | None = None) -> None:
+        """Change either side of the last exchange (of a greeting only the response). Other alternatives stay."""
+        with self._changing():
+            if not self.history:
+                raise ChatError("还没有可以编辑的对话 [nothing to edit]")
+            old_query, old_response = self.history[-1]
+            if query is not None:
+                self._last_exchange()
+                old_query = check_text(query, "query")
+            if response is not None:
+                old_response = check_text(response, "response")
+            self.history[-1] = [old_query, old_response]
+
+    def set_persona(self, session_meta) -> None:
+        """Go on with the same history under another persona. Only the shown reply stays of the alternatives."""
+        with self._changing():
+            self.session_meta = as_session_meta(session_meta)
+            self._others = ([], [])
+
+    @property
+    def parameters(self) -> GenerationParameters:
+        """What the next reply is generated with: the model's own defaults and, over them, `generation`."""
+        return GenerationParameters.check({**model_defaults(self.model), **self.generation})
+
+    def set_generation(self, **parameters) -> None:
+        """Change defaults for the next replies, not for one that is being written. Raises `ChatError`, changing none."""
+        generation = {**self.generation, **parameters}
+        GenerationParameters.check({**model_defaults(self.model), **generation})
+        self.generation = generation
+
+    def context_used(self) -> tuple[int, int]:
+        """`(tokens, limit)`: how long the next prompt is before anything is typed, and how long prompt and reply may be.
+
+        Turns that no longer fit and were left out of the last prompt are not counted.
+        """
+        turns = [history_to_messages(self.history[self.dropped_turns :]), [{"role": "user", "content": ""}]]
+        return len(encode_turns(self.tokenizer, self.session_meta, turns)), context_limit(self.model, self.parameters)
+
+    def clear(self) -> None:
+        """Begin anew: only the greeting of the card, if it has one, remains."""
+        with self._changing():
+            greeting = getattr(self.session_meta, "greeting", "").strip()
+            self.history: list[list[str]] = [["", greeting]] if greeting else []
+            self.statistics: dict = {}  # of the last reply, see Reply.statistics
+            self.dropped_turns = 0  # oldest exchanges that were not in the last prompt
+            self._others: tuple[list[str], list[str]] = ([], [])  # alternatives before and after the one shown
+
+    def free_cache(self) -> None:
+        """Give the memory of the KV cache back; the next reply computes its whole prompt again."""
+        with self._changing():
+            self._cache.clear()
+
+    def export(self) -> dict:
+        """The conversation as a JSON-serialisable dict, to be opened again with `ChatSession.restore`."""
+        return {
+            "format": EXPORT_FORMAT,
+            "session_meta": self.session_meta.model_dump(),
+            "generation": dict(self.generation),
+            "history": [list(entry) for entry in self.history],
+            "alternatives": self.alternatives,
+            "alternative": self.alternative,
+        }
+
+    def to_markdown(self) -> str:
+        """The conversation as Markdown, a paragraph a message."""
+        names = (self.session_meta.user_name, self.session_meta.bot_name)
+        messages = [(name, text) for entry in self.history for name, text in zip(names, entry) if text]
+        return "\n\n".join(f"**{name}**：{' '.join(text.splitlines())}" for name, text in messages)
+
+    @classmethod
+    def restore(cls, model, tokenizer, exported: dict) -> "ChatSession":
+        """A session from what `export` returned.
+
+        Raises:
+            ChatError: not an exported conversation, or damaged; CharacterError: an invalid persona.
+        """
+        if not isinstance(exported, dict) or exported.get("format") != EXPORT_FORMAT:
+            raise ChatError(f"这不是导出的对话 [not an exported chat]：需要 format={EXPORT_FORMAT!r}")
+        history, generation = exported.get("history"), exported.get("generation", {})
+        if not isinstance(history, list) or not isinstance(generation, dict):
+            raise ChatError("导出的对话已损坏 [damaged export]：history 应为列表，generation 应为对象")
+        check_history(history)
+        GenerationParameters.check(generation)  # before it becomes arguments
+        session = cls(model, tokenizer, exported.get("session_meta"), **generation)
+        session.history = [list(entry) for entry in history]
+        # Older exports have no alternatives.
+        shown = session.alternatives
+        replies, position = exported.get("alternatives", shown), exported.get("alternative", 0)
+        if not isinstance(replies, list) or type(position) is not int or replies[position : position + 1] != shown:
+            raise ChatError("导出的对话已损坏 [damaged export]：alternatives 里没有 history 的最后一条回复")
+        for reply in replies:
+            check_text(reply, "alternatives 的一条", may_be_empty=True)
+        session._others = (replies[:position], replies[position + 1 :])
+        return session
+
+    def _begin(self, generation: dict, query="", again: bool = False) -> Reply:
+        with self._changing():
+            if again:
+                query = self._last_exchange()[0]
+            past = self.history[: len(self.history) - again]
+            earlier = self.alternatives if again else []
+
+            def record(reply: Reply) -> None:
+                """When it has ended: let it join the history, whether or not somebody reads it."""
+                self._others = (earlier, [])
+                self.history = [*past, [query, decode_reply(self.tokenizer, reply.token_ids)]]
+                self.statistics = reply.statistics()
+
+            generation = {**self.generation, **generation}
+            about = (self.model, self.tokenizer, self.session_meta, query, past, generation, self.dropped_turns)
+            reply, self.dropped_turns = make_reply(*about, self._cache, record)
+            self._writing = past, query, reply
+            return reply.start()  # only now: a stop() must find the reply it is meant for
+
+    def _last_exchange(self) -> list[str]:
+        if not self.history or not self.history[-1][0]:
+            raise ChatError("还没有说过话 [no exchange yet]：先用 send 说一句")
+        return self.history[-1]
+
+    @contextmanager
+    def _changing(self):
+        """Refuse at once while a reply is written: a second one, or an edit, would lose text."""
+        with self._lock:
+            if self._writing is not None and self._writing[-1].running:
+                raise BusyError("正在生成回复 [busy]：请等它结束，或先 stop()")
+            self._writing = None
+            yield

@@ -1,0 +1,201 @@
+"""From a model name to a model on a device: which files, which dtype, which device, and why.
+
+Importing this module registers the CharacterGLM family with transformers' Auto classes.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..errors import CheckpointError, HelpersError
+from ..paths import PROJECT_DIR
+from . import modeling, tokenization
+from .adapters import add_adapter
+from .checkpoint import check_checkpoint, weight_files
+from .download import find_downloaded
+from .kv_cache import QUANTIZED_OR_COMPILED, compile_decoding
+
+NANO_DIR = PROJECT_DIR / "data" / "nano"
+MIN_GPU_GIB = 16  # the 6B model needs about 13 GiB in half precision, plus KV cache
+SMALL_CHECKPOINT_BYTES = 1 << 30  # below this, float32 on a CPU is the simplest and most exact choice
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+logger = logging.getLogger(__name__)
+modeling.register()
+tokenization.register()
+# PEFT 0.21 asks for a property by the name it had before transformers 5.23: nothing that a reader could change.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+@dataclass(frozen=True)
+class LoadChoice:
+    """What `load` would do, and why. `print` it."""
+
+    path: Path
+    dtype: torch.dtype
+    device_map: str | dict
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        what = f"模型 {self.path.name}，dtype {str(self.dtype).removeprefix('torch.')}，设备 {self.device_map}"
+        return "\n".join([what, *(f"  - {reason}" for reason in self.reasons)])
+
+
+def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, adapter=None, compile=False):
+    """Load a CharacterGLM model for inference. Memory holds one copy of the weights (`benchmarks/loading.py`).
+
+    Args:
+        model: "auto" (6b on a CUDA GPU of at least 16 GB, else nano), "nano", "6b", or a model directory.
+        dtype: "float32", "float16", "bfloat16", a `torch.dtype`, or "auto": bfloat16 on a GPU that computes in it,
+            float16 on older GPUs, and on a CPU float32 for small models and bfloat16 for large ones.
+        device_map: as in transformers; "auto" uses the GPUs there are, else the CPU.
+        quantization: None, "int8" or "nf4": the weights of the linear layers in 8 or 4 bits (bitsandbytes); embedding,
+            output layer and computation stay in `dtype`. Slower on a CPU, see `benchmarks/decoding.py`.
+        adapter: directory of a PEFT LoRA adapter to put on top.
+        compile: decode with torch.compile: the first reply waits a minute, later ones are faster; prompt and reply have
+            at most `kv_cache.STATIC_TOKENS` tokens. Not with `quantization`, and not in the API server.
+
+    Returns:
+        `(model, tokenizer)`, the model in evaluation mode.
+
+    Raises:
+        CheckpointError: the files are missing, incomplete or not CharacterGLM.
+        HelpersError: an argument makes no sense; bitsandbytes, or what compiling needs, is missing.
+    """
+    if compile and quantization is not None:
+        raise HelpersError(QUANTIZED_OR_COMPILED)  # before a minute of loading
+    # 1. Which files, in which precision, on which device.
+    choice = choose(model, dtype=dtype, device_map=device_map)
+    logger.info("%s", choice)
+    options = {"dtype": choice.dtype, "device_map": choice.device_map}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, choice.dtype)
+    # 2. The config first, because AutoTokenizer would hide what is wrong with it; then the tokenizer, in a moment.
+    config = AutoConfig.from_pretrained(choice.path)
+    tokenizer = AutoTokenizer.from_pretrained(choice.path, config=config)
+    check_vocabulary(tokenizer, config, choice.path)
+    # 3. The weights: seconds from a disk cache, a minute without.
+    loaded = AutoModelForCausalLM.from_pretrained(choice.path, config=config, **options)
+    # 4. What goes on top.
+    if compile:
+        compile_decoding(loaded)
+        logger.warning("第一条回复要先编译，约一分钟，之后更快 [compiling: the first reply takes about a minute]")
+    if adapter is not None:
+        loaded = add_adapter(loaded, adapter)
+    return loaded.eval(), tokenizer
+
+
+def check_vocabulary(tokenizer, config, path: Path) -> None:
+    """Raise `CheckpointError` if the tokenizer knows tokens that the model has no embedding for."""
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"tokenizer.model 有 {len(tokenizer)} 个 token，模型只有 {config.vocab_size} 个 [tokenizer mismatch]："
+            f"{path}。它们必须来自同一个模型"
+        )
+
+
+def choose(model="auto", *, dtype="auto", device_map="auto") -> LoadChoice:
+    """What `load` with the same arguments would pick, without loading anything."""
+    path, why_model = _resolve(model)
+    device, why_device = pick_device(device_map)
+    chosen, why_dtype = pick_dtype(dtype, device, path)
+    return LoadChoice(path, chosen, device, (why_model, why_device, why_dtype))
+
+
+def resolve_model(model="auto") -> Path:
+    """The directory of a model: "auto", "nano", "6b" or a path.
+
+    Raises:
+        CheckpointError: the 6B model is not on this machine, or the path is not a complete CharacterGLM directory.
+    """
+    return _resolve(model)[0]
+
+
+def pick_model(model="auto") -> tuple[str, str]:
+    """Which model is meant and why: "auto" becomes "6b" on a CUDA GPU of at least 16 GiB, else "nano"."""
+    if model != "auto":
+        return str(model), f"指定了 {model}"
+    memory = gpu_gib()
+    if memory >= MIN_GPU_GIB:
+        return "6b", f"auto 选了 6b：GPU 有 {memory:.0f} GiB 显存（至少要 {MIN_GPU_GIB}）"
+    seen = f"最大的 GPU 只有 {memory:.0f} GiB 显存" if memory else "没有 CUDA GPU"
+    return "nano", f"auto 选了 nano：{seen}，6b 至少要 {MIN_GPU_GIB} GiB。Nano 是教学替身，不是 6B"
+
+
+def _resolve(model) -> tuple[Path, str]:
+    name, reason = pick_model(model)
+    path = NANO_DIR if name == "nano" else find_downloaded() if name == "6b" else Path(name).expanduser()
+    if path is None:
+        raise CheckpointError(
+            "这台机器上没有 CharacterGLM-6B [model not downloaded]：先运行 helpers.download_model() "
+            "或 python -m helpers download；没有 GPU 时用 MODEL='nano'"
+        )
+    if not name or not path.is_dir():
+        raise CheckpointError(f"没有这个模型 [unknown model]：{name!r}。可选 auto、nano、6b，或一个模型目录的路径")
+    check_checkpoint(path)
+    return path, reason
+
+
+def gpu_gib() -> float:
+    """Memory of the largest CUDA GPU in GiB; 0.0 without one."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**30
+
+
+def pick_device(device_map="auto") -> tuple[str | dict, str]:
+    """The `device_map` for transformers and the reason."""
+    if device_map != "auto":
+        return device_map or "cpu", "设备由你指定"
+    if torch.cuda.is_available():
+        return "auto", f"有 CUDA GPU：{torch.cuda.get_device_name(0)}"
+    if torch.backends.mps.is_available():
+        return "mps", "有 Apple GPU (MPS)"
+    return "cpu", "没有 GPU，用 CPU"
+
+
+def pick_dtype(dtype, device: str | dict, path: Path) -> tuple[torch.dtype, str]:
+    """The dtype for a model on a device and the reason.
+
+    Raises:
+        HelpersError: an unknown dtype.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype, "dtype 由你指定"
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise HelpersError(f"不认识的 dtype [unknown dtype]：{dtype!r}，可选 auto、{'、'.join(DTYPES)}")
+        return DTYPES[dtype], "dtype 由你指定"
+    kinds = {str(place) for place in (device.values() if isinstance(device, dict) else [device])}
+    if kinds == {"cpu"}:
+        size = sum(file.stat().st_size for file in weight_files(path))
+        if size < SMALL_CHECKPOINT_BYTES:
+            return torch.float32, "CPU 上的小模型用 float32：最精确，内存也够"
+        return torch.bfloat16, "CPU 上的大模型用 bfloat16：float32 要两倍内存"
+    if kinds == {"mps"}:
+        return torch.float16, "Apple GPU 用 float16"
+    # The model may be spread over all GPUs: the oldest decides.
+    if all(torch.cuda.get_device_capability(i)[0] >= 8 for i in range(torch.cuda.device_count())):
+        return torch.bfloat16, "GPU 原生支持 bfloat16，权重也是以 bfloat16 保存的"
+    return torch.float16, "GPU 早于 Ampere，没有原生 bfloat16，用 float16"
+
+
+def quantization_config(quantization: str, dtype: torch.dtype):
+    """The bitsandbytes configuration for "int8" or "nf4"; `HelpersError` if unknown or bitsandbytes is missing."""
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if quantization not in ("int8", "nf4"):
+        raise HelpersError(f"不认识的量化方式 [unknown quantization]：{quantization!r}，可选 None、'int8'、'nf4'")
+    # On a CPU it says for every layer and token that it rounds the inputs of int8 to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if not is_bitsandbytes_available():
+        raise HelpersError("量化需要 bitsandbytes [bitsandbytes not installed]：pip install bitsandbytes")
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
