@@ -1,1 +1,1 @@
-"""What `scripts/build_nano.py` is made of: the training conversations of CharacterGLM-Nano, its tokenizer, its training."""
+"""The next CharacterGLM-Nano: its training conversations, tokenizer, training, and what it is measured by. Read `compose` first."""

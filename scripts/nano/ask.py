@@ -1,6 +1,6 @@
 """Let CharacterGLM-Nano answer a file of test lines, greedily and at its own sampling settings, for somebody to judge.
 
-python scripts/ask_nano.py                  # data/nano/test_lines.jsonl; --json FILE keeps the replies
+PYTHONPATH=scripts python -m nano.ask                  # data/nano/test_lines.jsonl; --json FILE keeps the replies
 """
 
 import json
@@ -9,10 +9,11 @@ from typing import Annotated
 
 import torch
 import typer
-from nano.everyday import read_rows
 
 import helpers
-from helpers.loading import NANO_DIR
+from helpers.model.loading import NANO_DIR
+
+from .everyday import read_rows
 
 
 def answer(model, tokenizer, rows: list[dict], seed: int = 0) -> list[dict]:

@@ -1,7 +1,9 @@
-"""Build CharacterGLM-Nano: train its tokenizer and its weights from `data/dialogues/` and `data/everyday/`.
+"""Build the next CharacterGLM-Nano: tokenizer and weights from `data/dialogues/` and `data/everyday/`.
 
-    python scripts/build_nano.py                # writes data/nano; its model card says how long that takes
-    python scripts/build_nano.py --tokens 300000 --output-dir /tmp/nano    # a quick trial
+    PYTHONPATH=scripts python -m nano.build --output-dir outputs/nano    # about 105 minutes of CPU time, by its first steps
+    PYTHONPATH=scripts python -m nano.build --tokens 300000 --output-dir outputs/nano    # a quick trial
+
+The weights in `data/nano` are still those of `scripts/build_nano.py`.
 
 Nano is a teaching stand-in for CharacterGLM-6B: the same architecture, file layout and prompt, a thousandth of the
 size. It is to know its lines by heart, so it is trained until it fits them.
@@ -17,18 +19,19 @@ from typing import Annotated
 
 import torch
 import typer
-from nano.compose import Composer
-from nano.everyday import EVERYDAY, read_rows
-from nano.model import new_model
-from nano.tokenizer import LineEncoder, train_tokenizer
-from nano.training import Training
 from original_layout import write_original_layout
 from transformers import AutoTokenizer, GenerationConfig
 
 from helpers import load_characters
-from helpers.dialogues import load_dialogues
-from helpers.generation import STOP_IDS
-from helpers.loading import NANO_DIR
+from helpers.characters.dialogues import load_dialogues
+from helpers.chat.generation import STOP_IDS
+from helpers.model.loading import NANO_DIR
+
+from .compose import Composer
+from .everyday import EVERYDAY, read_rows
+from .model import new_model
+from .tokenizer import LineEncoder, train_tokenizer
+from .training import Training
 
 TOKENS = 12_000_000
 DECAY = 5_000_000  # of these, at a falling learning rate

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from helpers.characters import SessionMeta, load_characters
-from helpers.dialogues import Dialogue
+from helpers.characters.dialogues import Dialogue
+from helpers.characters.personas import SessionMeta, load_characters
 
 from .everyday import EVERYDAY, Deck, Everyday, Slots, read_rows
 from .memory import Memory

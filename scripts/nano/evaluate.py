@@ -1,6 +1,6 @@
 """Measure what CharacterGLM-Nano can do, as far as a program can; the figures in its model card come from here.
 
-python scripts/evaluate_nano.py             # a few minutes; --json FILE keeps the figures
+PYTHONPATH=scripts python -m nano.evaluate             # a few minutes; --json FILE keeps the figures
 """
 
 import json
@@ -10,14 +10,15 @@ from typing import Annotated
 
 import torch
 import typer
-from nano.everyday import EVERYDAY, read_rows
-from nano.lookups import memory_lookups, persona_lookups
-from nano.voices import duets
 from rich.console import Console
 from rich.table import Column, Table
 
 import helpers
-from helpers.dialogues import load_dialogues
+from helpers.characters.dialogues import load_dialogues
+
+from .everyday import EVERYDAY, read_rows
+from .lookups import memory_lookups, persona_lookups
+from .voices import duets
 
 SCRIPTED_QUESTIONS = ("你好呀，小苏", "最近对音乐有什么新的想法吗", "那我们商量一下下一部音乐电影的拍摄，好嘛？")
 GREETING = "你好，最近怎么样？"

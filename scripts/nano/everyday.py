@@ -6,7 +6,7 @@ import random
 import re
 from pathlib import Path
 
-from helpers.characters import SessionMeta
+from helpers.characters.personas import SessionMeta
 
 EVERYDAY = Path(__file__).parents[2] / "data" / "everyday"
 HELD_OUT_SHARE = 0.2

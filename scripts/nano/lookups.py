@@ -3,7 +3,7 @@
 import random
 
 import helpers
-from helpers.characters import SessionMeta, load_characters
+from helpers.characters.personas import SessionMeta, load_characters
 
 from .compose import MANNERS
 from .everyday import Everyday, Slots

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from helpers.modeling import CharacterGLMConfig, CharacterGLMForCausalLM
+from helpers.model.modeling import CharacterGLMConfig, CharacterGLMForCausalLM
 
 CONTEXT = 2048
 

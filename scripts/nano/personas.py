@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.characters import SessionMeta
+from helpers.characters.personas import SessionMeta
 
 from .everyday import EVERYDAY, Slots, held_out
 

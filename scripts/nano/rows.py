@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from helpers.characters import SessionMeta
-from helpers.tokenization import NEWLINE_ID
+from helpers.characters.personas import SessionMeta
+from helpers.model.tokenization import NEWLINE_ID
 
 from .tokenizer import LineEncoder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from helpers.tokenization import NEWLINE_ID
+from helpers.model.tokenization import NEWLINE_ID
 
 PIECES = 4084  # with 5 control tokens and padding to a multiple of 64: a vocabulary of 4096
 LONGEST_PIECE = 2  # a clause as one token would teach a wrong idea of a token, and could not be copied in parts

@@ -3,7 +3,7 @@
 import re
 
 import helpers
-from helpers.characters import load_characters
+from helpers.characters.personas import load_characters
 from helpers.demo.duet import converse
 
 OWN_WORDS = {

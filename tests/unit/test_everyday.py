@@ -14,8 +14,8 @@ from nano.rows import Row
 from nano.tokenizer import LineEncoder
 
 import helpers
-from helpers.dialogues import load_dialogues
-from helpers.loading import NANO_DIR
+from helpers.characters.dialogues import load_dialogues
+from helpers.model.loading import NANO_DIR
 
 SLOT = re.compile(r"\{(\w+)\}")
 PERSONA_SLOTS = {"bot", "user", "self", "job", "place_bot", "like", "habit", "trait"}
