@@ -9,7 +9,7 @@ from helpers.characters.personas import SessionMeta
 
 from .everyday import EVERYDAY, Slots, held_out
 
-QUESTIONS = ("name", "job", "place", "like", "self")  # those that evaluate_nano.py asks; "habit" is asked in training
+QUESTIONS = ("name", "job", "place", "like", "self")  # those that the evaluation asks; "habit" is asked in training
 
 
 @dataclass
