@@ -102,7 +102,8 @@ def serve_replicas(model, host: str, port: int, grace_seconds: int, app_options:
         pass
     finally:
         serve.delete(NAME)  # the replies being written are finished
-        serve.shutdown()
+        if not serve.status().applications:  # a cluster may have others
+            serve.shutdown()
         ray.shutdown()
 
 
