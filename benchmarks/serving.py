@@ -32,7 +32,7 @@ from support.report import JsonFile, Quick, publish
 import helpers
 from helpers.characters.dialogues import load_dialogues
 from helpers.serving import Server
-from helpers.serving.load_test import ask_all, health_delays, percentile_99
+from helpers.serving.load_test import ask_all, health_delays
 
 LESSON_SERVER = Path(__file__).parent / "support" / "lesson_server.py"
 CHARACTER = "苏梦远"
@@ -166,6 +166,11 @@ class Bench:
         options |= {"stream": True, "max_tokens": self.new_tokens} if stream else {"max_length": self.max_length}
         answers, _ = await ask_all(url, self.prompts[:users], gap=GAP, **options)
         return statistics.median(answer.first for answer in answers)
+
+
+def percentile_99(values: list[float]) -> float:
+    """The value that 99 of 100 do not exceed."""
+    return statistics.quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
 
 
 def add_rows(model: str, figures: dict[str, float], users: int, rows: list, ratios: dict) -> None:

@@ -31,7 +31,7 @@ class Exchange:
         request.state.begun = True
         self.start, self.first_token = start, None  # seconds of time.perf_counter()
         self.finish_reason: str | None = None  # "stop" or "length"; "failed"
-        self.texts: dict[str, str] = {}  # for the log, if asked for
+        self.query, self.reply = "", ""  # what was said last, and what has been sent
         self.pieces = self._read()
         self._closed = False
 
@@ -43,8 +43,7 @@ class Exchange:
         persona, turns = body.conversation(character)
         generation = await state.service.start(engine, persona, turns, body.generation())
         exchange = cls(request, body, generation, start)
-        if state.log_text:
-            exchange.texts = {"query": turns[-1][-1]["content"], "reply": ""}
+        exchange.query = turns[-1][-1]["content"]
         return exchange
 
     async def whole(self) -> str:
@@ -84,7 +83,9 @@ class Exchange:
         }
         facts["first_token_seconds"] = self.first_token and round(self.first_token - self.start, 4)
         facts |= {"prompt_tokens": self.generation.prompt_tokens, "new_tokens": tokens}
-        logger.info("request", extra=facts | self.texts)
+        if self.request.app.state.log_text:
+            facts |= {"query": self.query, "reply": self.reply}
+        logger.info("request", extra=facts)
 
     async def _read(self) -> AsyncIterator[str]:
         """The reply as it grows, up to the first stop text.
@@ -92,35 +93,29 @@ class Exchange:
         What could be the beginning of one is held back until it is clear: the last three characters of "好的。\\n旅人", if
         "\\n旅人:" is to end the reply.
         """
-        decoder, sent = StreamDecoder(self.tokenizer), 0
-        held = max((len(stop) for stop in self.stops), default=1) - 1
+        decoder, held = StreamDecoder(self.tokenizer), max((len(stop) for stop in self.stops), default=1) - 1
         try:
             async for token_ids in self.generation:
-                self._count(len(token_ids))
+                if self.first_token is None:
+                    self.first_token = time.perf_counter()
+                    self.metrics.first_token.observe(self.first_token - self.start)
+                self.metrics.tokens.inc(len(token_ids))
                 text = decoder.add(token_ids)
                 cut = min((place for stop in self.stops if (place := text.find(stop)) >= 0), default=None)
                 if cut is not None:
                     self.finish_reason = "stop"
-                    yield self._noted(text[sent:cut])
+                    yield self._unsent(text[:cut])
                     return
-                if (safe := len(text) - held) > sent:
-                    yield self._noted(text[sent:safe])
-                    sent = safe
+                if len(text) - held > len(self.reply):
+                    yield self._unsent(text[: len(text) - held])
             self.finish_reason = "stop" if self.generation.token_ids[-1] in STOP_IDS else "length"
-            yield self._noted(decoder.text[sent:])
+            yield self._unsent(decoder.text)
         except Exception as error:
             self.finish_reason = None if isinstance(error, ClientGoneError) else "failed"
             raise
 
-    def _count(self, tokens: int) -> None:
-        if self.first_token is None:
-            self.first_token = time.perf_counter()
-            self.metrics.first_token.observe(self.first_token - self.start)
-        self.metrics.tokens.inc(tokens)
-
-    def _noted(self, piece: str) -> str:
-        if self.texts:
-            self.texts["reply"] += piece
+    def _unsent(self, text: str) -> str:
+        piece, self.reply = text[len(self.reply) :], text
         return piece
 
     @contextlib.asynccontextmanager

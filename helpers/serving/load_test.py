@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,11 +72,6 @@ async def health_delays(url: str, until: asyncio.Task, pause: float = 0.1) -> li
             delays.append(time.perf_counter() - start)
             await asyncio.sleep(pause)
     return delays
-
-
-def percentile_99(values: list[float]) -> float:
-    """The value that 99 of 100 do not exceed."""
-    return statistics.quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
 
 
 def _client(url: str) -> httpx.AsyncClient:

@@ -1,20 +1,16 @@
-"""Several copies of the model: Ray Serve runs the same app in a process each and shares the requests out.
-
-What Ray leaves open, and what to take instead for many GPUs, is written in docs/scaling.md.
-"""
+"""Several copies of the model: Ray Serve runs the same app in a process each. What it leaves open: docs/scaling.md."""
 
 import os
 import signal
 import socket
 import sys
-import tempfile
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import EngineError, HelpersError
+from ..model.loading import resolve_model
 from ..network import listen
 from ..paths import PROJECT_DIR
 from .app import create_app
@@ -22,14 +18,11 @@ from .engine import QUEUE_SIZE, SLOTS
 from .server import log_as_json
 
 NAME = "characterglm"  # of the application on Ray
-# Read by Ray when it is imported.
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # its name for "one machine only": it listens on 127.0.0.1
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # or the model would have less than the priority of any other program
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_COLOR_PREFIX": "0",  # every line of the log, as it is
-}
+STICKY = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+INSTALL = "pip install -r requirements-cluster.txt -c constraints.txt"
+# Read by Ray when it is imported: no telemetry, every line of the log as it is, and the priority of other programs.
+SWITCHED_OFF = ("RAY_USAGE_STATS_ENABLED", "RAY_DEDUP_LOGS", "RAY_COLOR_PREFIX", "RAY_worker_niceness")
+LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",)  # its name for "one machine only": it listens on 127.0.0.1
 
 
 @dataclass
@@ -37,10 +30,10 @@ class Replicas:
     """How many copies, and where. Raises HelpersError for senseless numbers.
 
     Args:
-        replicas: how many there are at least; max_replicas: how many there may be under load, as many by default.
+        replicas, max_replicas: how many there are at least, and under load; as many by default.
         gpus_per_replica: 0 is the CPU, 0.5 puts two on one GPU; by default 1 if this machine has a GPU.
         ray_address: of a running Ray cluster that this machine belongs to; by default a Ray of its own.
-        threads: of each replica, on a CPU; by default the cores are shared out among the replicas.
+        threads: of each replica, on a CPU; by default the cores are shared out.
     """
 
     replicas: int = 1
@@ -54,12 +47,9 @@ class Replicas:
         if self.gpus_per_replica is None:
             self.gpus_per_replica = float(torch.cuda.is_available())
         if not 1 <= self.replicas <= most:
-            raise HelpersError(
-                f"副本数不合理 [invalid replicas]：--replicas {self.replicas}，--max-replicas {most}；"
-                "至少 1 个，最多不能少于最少"
-            )
-        gpus = self.gpus_per_replica
-        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+            numbers = f"--replicas {self.replicas}，--max-replicas {most}"
+            raise HelpersError(f"副本数不合理 [invalid replicas]：{numbers}；至少 1 个，最多不能少于最少")
+        if (gpus := self.gpus_per_replica) < 0 or (gpus > 1 and gpus != int(gpus)):
             raise HelpersError(f"--gpus-per-replica {gpus:g} 不行 [invalid GPUs]：0 到 1 之间，或整数")
         self.threads = self.threads or max(1, (os.cpu_count() or 1) // most)
 
@@ -72,8 +62,6 @@ class Replica:
         log_as_json()
         self.api = create_app(model, **app_options)
         await self.api.state.service.load()  # before Ray sends requests
-        if self.api.state.service.failure is not None:
-            raise self.api.state.service.failure
 
     def __serve_build_asgi_app__(self):
         return self.api
@@ -87,6 +75,8 @@ class Replica:
 def serve_replicas(model, host: str, port: int, grace_seconds: int, app_options: dict, chosen: Replicas) -> None:
     """Serve until SIGTERM or Ctrl-C; see `serve`."""
     listen(host, port).close()  # is it free?
+    model = resolve_model(model).resolve()  # a replica may have another working directory
+    app_options["adapters"] = {name: Path(path).resolve() for name, path in (app_options.get("adapters") or {}).items()}
     ray = start_ray(chosen)
     from ray import serve
 
@@ -94,10 +84,13 @@ def serve_replicas(model, host: str, port: int, grace_seconds: int, app_options:
         signal.signal(number, signal.default_int_handler)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-        serve.run(deployment(chosen, grace_seconds, app_options).bind(model, chosen.threads, app_options), name=NAME)
-        threading.Event().wait()
+        serve.run(
+            deployment(serve, chosen, grace_seconds, app_options).bind(model, chosen.threads, app_options), name=NAME
+        )
+        signal.pause()
     except RuntimeError as error:
-        raise HelpersError(f"副本没有启动 [replicas did not start]：{error}") from None
+        reason = str(error).strip().splitlines()[-1]
+        raise HelpersError(f"副本没有启动 [replicas did not start]：{reason}") from None
     except KeyboardInterrupt:
         pass
     finally:
@@ -107,26 +100,22 @@ def serve_replicas(model, host: str, port: int, grace_seconds: int, app_options:
         ray.shutdown()
 
 
-def deployment(chosen: Replicas, grace_seconds: int, app_options: dict):
+def deployment(serve, chosen: Replicas, grace_seconds: int, app_options: dict):
     """What Ray Serve has to know about the replicas."""
-    from ray import serve
-    from ray.serve.config import RequestRouterConfig
-    from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
-
-    slots, engines = app_options.get("slots", SLOTS), 1 + len(app_options.get("adapters") or {})
-    room = engines * (slots + app_options.get("queue_size", QUEUE_SIZE))
+    slots = app_options.get("slots", SLOTS)
+    room = (1 + len(app_options["adapters"])) * (slots + app_options.get("queue_size", QUEUE_SIZE))
     scaling = {"num_replicas": chosen.replicas}
     if chosen.max_replicas > chosen.replicas:
         limits = {"min_replicas": chosen.replicas, "max_replicas": chosen.max_replicas}
         scaling = {"autoscaling_config": {**limits, "target_ongoing_requests": slots}}
-    gpus = chosen.gpus_per_replica
+    gpus = {"num_gpus": chosen.gpus_per_replica}
     return serve.deployment(
         name=NAME,
-        ray_actor_options={"num_gpus": gpus} if gpus else {"num_cpus": chosen.threads},
+        ray_actor_options=gpus if chosen.gpus_per_replica else {"num_cpus": chosen.threads},
         max_ongoing_requests=room + 16,  # the app itself answers 429 before; a few more for /health and the like
         max_queued_requests=room * chosen.max_replicas,
         # Requests with the same x-session-id go to the same replica, whose KV cache has the beginning of the chat.
-        request_router_config=RequestRouterConfig(request_router_class=ConsistentHashRouter),
+        request_router_config={"request_router_class": STICKY},
         graceful_shutdown_timeout_s=grace_seconds,
         max_constructor_retry_count=1,
         **scaling,
@@ -137,24 +126,24 @@ def start_ray(chosen: Replicas):
     """The module `ray`, started or connected. Raises HelpersError: no Ray, no such cluster, too few GPUs."""
     # JupyterLab brings rfc3987_syntax, which `import ray` reaches through jsonschema and which takes 3 s to build its
     # grammar. All of Ray's processes would pay that, and Ray gives up if one of them is not up in time.
-    shadow = tempfile.mkdtemp()
-    Path(shadow, "rfc3987_syntax.py").write_text("raise ImportError")
+    shadow = PROJECT_DIR / "outputs" / "ray"
+    shadow.mkdir(parents=True, exist_ok=True)
+    (shadow / "rfc3987_syntax.py").write_text("raise ImportError")
     sys.modules.setdefault("rfc3987_syntax", None)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [shadow, str(PROJECT_DIR), os.getenv("PYTHONPATH")]))
-    os.environ.update(ENVIRONMENT | (LOOPBACK if chosen.ray_address is None else {}))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(shadow), str(PROJECT_DIR), os.getenv("PYTHONPATH")]))
+    os.environ |= dict.fromkeys(SWITCHED_OFF + (LOOPBACK if chosen.ray_address is None else ()), "0")
     cpus = max(os.cpu_count() or 1, chosen.threads * chosen.max_replicas)
     own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     joined = {"address": chosen.ray_address, "runtime_env": {"env_vars": {"PYTHONPATH": str(PROJECT_DIR)}}}
     try:
         import ray
 
-        if ":" in (chosen.ray_address or ""):  # is anybody there? Ray itself would try for minutes
-            host, _, number = chosen.ray_address.rpartition(":")
+        host, colon, number = (chosen.ray_address or "").rpartition(":")
+        if colon:  # is anybody there? Ray itself would try for minutes
             socket.create_connection((host, int(number)), timeout=5).close()
         ray.init(**own if chosen.ray_address is None else joined)
     except ImportError:
-        how = "pip install -r requirements-cluster.txt -c constraints.txt"
-        raise HelpersError(f"多个副本需要 Ray [ray required]。请运行 {how}") from None
+        raise HelpersError(f"多个副本需要 Ray [ray required]。请运行 {INSTALL}") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise HelpersError(f"连不上 Ray [no ray cluster]：{chosen.ray_address}：{error}") from None
     needed, there = chosen.gpus_per_replica * chosen.replicas, ray.cluster_resources().get("GPU", 0)

@@ -58,15 +58,14 @@ def serve(
     if until_stdin_closes:
         threading.Thread(target=lambda: (sys.stdin.read(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     if cluster is None:
-        serve_here(model, host, port, grace_seconds, threads or default_threads(), add_page, app_options)
-        return
+        return serve_here(model, host, port, grace_seconds, threads or default_threads(), add_page, app_options)
     if add_page is not None:
         raise HelpersError(
             "网页要用这个进程里的模型，不能和 --replicas 一起用 [page needs one model]：另开 python -m helpers demo"
         )
     from .replicas import Replicas, serve_replicas
 
-    serve_replicas(model, host, port, grace_seconds, app_options, Replicas(**cluster, threads=threads))
+    return serve_replicas(model, host, port, grace_seconds, app_options, Replicas(**cluster, threads=threads))
 
 
 def serve_here(model, host: str, port: int, grace_seconds: int, threads: int, add_page, app_options: dict) -> None:

@@ -54,7 +54,7 @@ class Service:
         return "ready" if self.engines and all(engine.alive for engine in self.engines.values()) else "dead"
 
     async def load(self, on_failure: Callable[[], None] = lambda: None) -> None:
-        """Load the model and start the engines, unless that is done; `failure` tells if it did not work."""
+        """Load the model and start the engines, unless that is done; `failure` also tells if it did not work."""
         if self.status != "loading":
             return
         engines: dict[str, Engine] = {}
@@ -70,6 +70,7 @@ class Service:
             for engine in engines.values():
                 await engine.close()
             on_failure()
+            raise
 
     async def close(self) -> None:
         """Stop the engines."""
