@@ -58,13 +58,13 @@ class LiveServer:
         self.thread.start()
         wait_until(lambda: self.service.status == "ready" or self.service.failure or not self.thread.is_alive())
         assert self.service.status == "ready", self.service.failure
-        self.client = httpx.Client(base_url=self.url, trust_env=False, timeout=30)
+        self.client = httpx.Client(base_url=self.url, trust_env=False, timeout=60)
         return self
 
     def __exit__(self, *exception):
         self.client.close()
         self.server.should_exit = True
-        self.thread.join(timeout=20)
+        self.thread.join(timeout=60)
         assert not self.thread.is_alive(), "the server did not stop"
 
 
@@ -83,14 +83,14 @@ def ask(text: str = "你好", **fields) -> dict:
     return {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 8, **fields}
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
 
 
-async def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+async def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
