@@ -113,7 +113,7 @@ def deployment(serve, chosen: Replicas, grace_seconds: int, app_options: dict):
         name=NAME,
         ray_actor_options=gpus if chosen.gpus_per_replica else {"num_cpus": chosen.threads},
         max_ongoing_requests=room + 16,  # the app itself answers 429 before; a few more for /health and the like
-        max_queued_requests=room * chosen.max_replicas,
+        max_queued_requests=1000,  # a burst waits here until it is shared out; beyond that, Ray says 503
         # Requests with the same x-session-id go to the same replica, whose KV cache has the beginning of the chat.
         request_router_config={"request_router_class": STICKY},
         graceful_shutdown_timeout_s=grace_seconds,
