@@ -141,7 +141,6 @@ def gpu_gib() -> float:
 
 
 def pick_device(device_map="auto") -> tuple[str | dict, str]:
-    """The `device_map` for transformers and the reason."""
     if device_map != "auto":
         return device_map or "cpu", "设备由你指定"
     if torch.cuda.is_available():
