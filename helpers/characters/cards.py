@@ -102,11 +102,9 @@ def _open_image(content: bytes) -> Image.Image:
     check_size(content)
     try:
         image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise CharacterError(f"图片太大 [image too large]：{image.size}，最多 {MAX_PIXELS:,} 像素。请先缩小")
-        image.load()
-    except CharacterError:
-        raise
+        if image.width * image.height <= MAX_PIXELS:
+            image.load()
+            return image
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise CharacterError(f"读不了这张图片 [damaged image]：{error}。请重新下载或另存一次") from None
-    return image
+    raise CharacterError(f"图片太大 [image too large]：{image.size}，最多 {MAX_PIXELS:,} 像素。请先缩小")

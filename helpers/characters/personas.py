@@ -56,10 +56,9 @@ def as_session_meta(value: SessionMeta | dict) -> SessionMeta:
     if isinstance(value, SessionMeta):
         return value
     if not isinstance(value, dict):
-        raise CharacterError(
-            "缺少人设 session_meta [session_meta required]：请给出含 bot_name、bot_info、user_name、user_info 的 dict，"
-            f"收到的是 {type(value).__name__}"
-        )
+        needed = "请给出含 bot_name、bot_info、user_name、user_info 的 dict"
+        got = type(value).__name__
+        raise CharacterError(f"缺少人设 session_meta [session_meta required]：{needed}，收到的是 {got}")
     return check_fields(CharacterCard if "greeting" in value else SessionMeta, value)
 
 

@@ -25,8 +25,7 @@ def chat(model, tokenizer, session_meta, query, history=None, **generation):
         `(response, history)`, the history a new list with this exchange at its end.
 
     Raises:
-        ChatError: an empty or invalid text, a malformed history, a senseless parameter, a prompt that cannot fit.
-        CharacterError: an invalid persona.
+        ChatError: a text, history or parameter is not valid, or the prompt cannot fit; CharacterError: the persona.
     """
     response = last(stream_chat(model, tokenizer, session_meta, query, history, **generation))
     return response, [*map(list, history or []), [query, response]]

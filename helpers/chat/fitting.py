@@ -67,7 +67,7 @@ def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, drop
         dropped: how many of the oldest turns are left out already.
 
     Returns:
-        `(input_ids, dropped)`. The ids are more than `limit` if the persona and the last turn alone are.
+        `(input_ids, dropped)`; more ids than `limit` if the persona and the last turn alone are too long.
     """
 
     def prompt(start: int) -> list[int]:
@@ -88,13 +88,9 @@ def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, drop
 def fit_prompt(
     tokenizer, session_meta, turns: list[list[dict]], parameters: GenerationParameters, context: int, dropped: int = 0
 ) -> tuple[list[int], int, int]:
-    """The prompt of `fit_turns` with room for a reply, within `context` tokens for both.
+    """`(input_ids, dropped, max_new_tokens)`: as `fit_turns`, with prompt and reply within `context` tokens.
 
-    Returns:
-        `(input_ids, dropped, max_new_tokens)`.
-
-    Raises:
-        ChatError: the persona and the last turn alone leave no room for a reply.
+    `ChatError` if the persona and the last turn alone leave no room for a reply.
     """
     reserve = min(parameters.max_new_tokens, max(1, context // 4))  # room for the reply
     input_ids, dropped = fit_turns(tokenizer, session_meta, turns, context - reserve, dropped)

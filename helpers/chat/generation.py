@@ -50,10 +50,9 @@ class GenerationParameters(BaseModel):
         for name in parameters:
             if name in FIXED_PARAMETERS:
                 raise ChatError(f"{name} 由本项目设定，不能更改 [fixed parameter]：回复以换行或 eos 结束，一次一条")
-            if name in known:
-                continue
-            hint = did_you_mean(name, known) or f"常用的有 {'、'.join(cls.model_fields)}"
-            raise ChatError(f"不认识的生成参数 [unknown generation parameter]：{name}。{hint}")
+            if name not in known:
+                hint = did_you_mean(name, known) or f"常用的有 {'、'.join(cls.model_fields)}"
+                raise ChatError(f"不认识的生成参数 [unknown generation parameter]：{name}。{hint}")
         try:
             checked = cls.model_validate(parameters)
         except ValidationError as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import BaseStreamer, StoppingCriteriaList
+from transformers.generation import StoppingCriteriaList
 
 from ..model.kv_cache import PromptCache
 from .compat import compile_config
@@ -19,33 +19,23 @@ def generate(reply: "Reply", receive: Callable[[list[int]], None]) -> None:
     """Compute a reply in the calling thread; `receive` gets each new token, as a list of one (of all, with beams)."""
     model, config, cache = reply.model, reply.config, reply.cache
     prompt = torch.tensor([reply.input_ids], device=model.device)  # (1, prompt tokens)
+    streams = config.num_beams == 1  # beams reorder the cache and change their minds
+
+    def after_token(ids, scores, **_):
+        if streams:
+            receive(ids[0, -1:].tolist())  # ids: (1, prompt and new tokens)
+        return torch.full((len(ids),), reply.stopped, device=ids.device)
+
     options = {"attention_mask": torch.ones_like(prompt), "generation_config": config}
-    options["stopping_criteria"] = StoppingCriteriaList(  # asked after every token
-        [lambda ids, scores, **_: torch.full((len(ids),), reply.stopped, device=ids.device)]
-    )
-    if config.num_beams > 1:  # beams reorder the cache and cannot stream
+    options["stopping_criteria"] = StoppingCriteriaList([after_token])
+    if not streams:
         receive(model.generate(prompt, **options)[0, len(reply.input_ids) :].tolist())
         return
     # A cache with the first 90 of 120 tokens leaves (1, 30) for the first forward pass; every later one has (1, 1).
     cache.reuse(reply.input_ids)
     config.compile_config = compile_config(model.device) if cache.compiled else None
-    output = model.generate(prompt, past_key_values=cache.key_values, streamer=_NewTokens(receive), **options)
+    output = model.generate(prompt, past_key_values=cache.key_values, **options)
     cache.record(output[0].tolist())
-
-
-class _NewTokens(BaseStreamer):
-    """What `generate` of transformers calls with every token; first with the prompt, which is left out."""
-
-    def __init__(self, receive):
-        self.receive, self.prompt_seen = receive, False
-
-    def put(self, value):
-        if self.prompt_seen:
-            self.receive(value.flatten().tolist())
-        self.prompt_seen = True
-
-    def end(self):
-        pass
 
 
 class Reply:

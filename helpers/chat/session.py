@@ -36,7 +36,7 @@ class ChatSession:
         self.clear()
 
     def send(self, query: str, **generation) -> str:
-        """Say something and return the whole reply. Raises as `chat`, and `BusyError` while a reply is written."""
+        """Say something and return the whole reply. Raises as `chat`; everything is refused while a reply is written."""
         return last(self.stream(query, **generation))
 
     def stream(self, query: str, **generation) -> Iterator[str]:
@@ -139,10 +139,7 @@ class ChatSession:
         self.generation = generation
 
     def context_used(self) -> tuple[int, int]:
-        """`(tokens, limit)`: how long the next prompt is before anything is typed, and how long prompt and reply may be.
-
-        Turns that no longer fit and were left out of the last prompt are not counted.
-        """
+        """`(tokens, limit)`: how long the next prompt is before anything is typed, and how long prompt and reply may be."""
         turns = [history_to_messages(self.history[self.dropped_turns :]), [{"role": "user", "content": ""}]]
         return len(encode_turns(self.tokenizer, self.session_meta, turns)), context_limit(self.model, self.parameters)
 
@@ -189,8 +186,7 @@ class ChatSession:
         GenerationParameters.check(generation)  # before it becomes arguments
         session = cls(model, tokenizer, exported.get("session_meta"), **generation)
         session.history = [list(entry) for entry in history]
-        # Older exports have no alternatives.
-        shown = session.alternatives
+        shown = session.alternatives  # all that older exports have
         replies, position = exported.get("alternatives", shown), exported.get("alternative", 0)
         if not isinstance(replies, list) or type(position) is not int or replies[position : position + 1] != shown:
             raise ChatError("导出的对话已损坏 [damaged export]：alternatives 里没有 history 的最后一条回复")
@@ -202,19 +198,17 @@ class ChatSession:
     def _begin(self, generation: dict, query="", again: bool = False) -> Reply:
         with self._changing():
             if again:
-                query = self._last_exchange()[0]
+                query, _ = self._last_exchange()
             past = self.history[: len(self.history) - again]
             earlier = self.alternatives if again else []
 
-            def record(reply: Reply) -> None:
-                """When it has ended: let it join the history, whether or not somebody reads it."""
+            def record(reply: Reply) -> None:  # when it has ended, whether or not somebody reads it
                 self._others = (earlier, [])
                 self.history = [*past, [query, decode_reply(self.tokenizer, reply.token_ids)]]
                 self.statistics = reply.statistics()
 
-            generation = {**self.generation, **generation}
-            about = (self.model, self.tokenizer, self.session_meta, query, past, generation, self.dropped_turns)
-            reply, self.dropped_turns = make_reply(*about, self._cache, record)
+            about = (self.model, self.tokenizer, self.session_meta, query, past, {**self.generation, **generation})
+            reply, self.dropped_turns = make_reply(*about, self.dropped_turns, self._cache, record)
             self._writing = past, query, reply
             return reply.start()  # only now: a stop() must find the reply it is meant for
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from ..characters.personas import SessionMeta, as_session_meta, read_json_object
-from ..errors import CheckpointError
 from .checkpoint import check_weight_file, damaged, read_json, stored_tensors
 
 ADAPTER_RECORD = "finetune.json"  # what `helpers.finetune` writes beside an adapter: how it was trained, on what base
@@ -14,11 +13,7 @@ ADAPTER_CARD = "card.json"  # the persona that an adapter speaks as, beside it
 
 
 def add_adapter(model, adapter):
-    """Put the PEFT LoRA adapter in directory `adapter` on `model`.
-
-    Raises:
-        CheckpointError: not an adapter, damaged, incomplete, or made for another model.
-    """
+    """`model` with the PEFT LoRA adapter in directory `adapter`; `CheckpointError` if it is not whole or not for it."""
     from peft import PeftModel, get_peft_model_state_dict
 
     stored = stored_tensors(adapter_file(Path(adapter)))
@@ -68,11 +63,10 @@ def adapter_card(directory: str | Path) -> SessionMeta | None:
 
 def adapter_file(directory: Path) -> Path:
     """The whole weight file of a PEFT adapter; `CheckpointError` if the directory holds none."""
-    if not (directory / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"这不是 LoRA adapter 目录 [not an adapter directory]：{directory}，缺少 adapter_config.json"
-        )
-    read_json(directory / "adapter_config.json")
+    config = directory / "adapter_config.json"
+    if not config.is_file():
+        raise damaged("这不是 LoRA adapter 目录 [not an adapter directory]", directory, f"缺少 {config.name}")
+    read_json(config)
     names = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT prefers them
     file = next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
     check_weight_file(file, "请重新训练，或重新复制 adapter 目录")

@@ -1,4 +1,4 @@
-"""Is this directory a complete CharacterGLM checkpoint? Cheap checks on the files, and clear errors when one fails."""
+"""Is this directory a complete CharacterGLM checkpoint? Cheap checks; a `CheckpointError` names file and way out."""
 
 import json
 import re
@@ -40,9 +40,6 @@ def check_checkpoint(directory: Path) -> list[Path]:
 
     Reads settings, names and shapes, no weights: milliseconds on 12.5 GB. Whether the weights are those that the
     config needs, `CharacterGLMForCausalLM.from_pretrained` checks while it reads them.
-
-    Raises:
-        CheckpointError: naming the file at fault and the way out.
     """
     if not directory.is_dir() or not any(directory.iterdir()):
         raise damaged("模型目录不存在或是空的 [empty directory]", directory, "先运行 python -m helpers download")
@@ -98,13 +95,9 @@ def check_weight_file(file: Path, way_out: str = REDOWNLOAD) -> None:
 
 
 def stored_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Name, shape and dtype of the tensors in a whole weight file, on the meta device: their data is not read.
-
-    Raises:
-        CheckpointError: a `.bin` holds anything but named tensors. Such a pickle could run code when it is opened; it
-            is read with `weights_only`, which refuses instead.
-    """
+    """Name, shape and dtype of the tensors in a whole weight file, on the meta device: their data is not read."""
     try:
+        # A pickle could run code when it is opened: transformers reads it with `weights_only`, which refuses instead.
         tensors = load_state_dict(file, map_location="meta")
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise TypeError("holds more than tensors")
@@ -120,18 +113,14 @@ def check_loaded_weights(directory, loading_info: dict) -> None:
     Args:
         loading_info: what `from_pretrained(..., output_loading_info=True)` returns; its names are GLM's.
     """
-    problems = {
-        "missing_keys": "缺少权重 [missing keys]",
-        "unexpected_keys": "有不认识的权重 [unexpected keys]",
-        "mismatched_keys": WRONG_SHAPE,
-    }
-    for kind, problem in problems.items():
-        if found := sorted(loading_info[kind]):
-            example = found[0]
-            if kind == "mismatched_keys":
-                name, stored, expected = example
-                example = f"{name} 是 {tuple(stored)}，应为 {tuple(expected)}"
-            raise unusable_weights(directory, problem, f"有 {len(found)} 处，例如 {example}")
+    shapes = [f"{name} 是 {tuple(stored)}，应为 {tuple(due)}" for name, stored, due in loading_info["mismatched_keys"]]
+    for problem, found in [
+        ("缺少权重 [missing keys]", loading_info["missing_keys"]),
+        ("有不认识的权重 [unexpected keys]", loading_info["unexpected_keys"]),
+        (WRONG_SHAPE, shapes),
+    ]:
+        if found:
+            raise unusable_weights(directory, problem, f"有 {len(found)} 处，例如 {min(found)}")
 
 
 def unusable_weights(directory, problem: str, example: str) -> CheckpointError:

@@ -49,8 +49,7 @@ REASONS = {  # by the number of the system's error, or the name of the client's 
 
 def default_model_dir(model_id: str = MODEL_ID) -> Path:
     """Where a download goes: the data disk on AutoDL (50 GB, kept across shutdown), else `./models`."""
-    base = AUTODL_DATA_DISK if AUTODL_DATA_DISK.is_dir() else Path("models")
-    return base / model_id.split("/")[-1]
+    return (AUTODL_DATA_DISK if AUTODL_DATA_DISK.is_dir() else Path("models")) / model_id.split("/")[-1]
 
 
 def find_downloaded(model_id: str = MODEL_ID) -> Path | None:
@@ -73,10 +72,7 @@ def find_downloaded(model_id: str = MODEL_ID) -> Path | None:
 
 
 def check_download(directory: Path) -> None:
-    """Raise `CheckpointError` unless weights, config and tokenizer are there, of the sizes they had when downloaded.
-
-    Takes milliseconds; for every byte see `damaged_files`.
-    """
+    """Raise `CheckpointError` unless weights, config and tokenizer are there, of the sizes they had when downloaded."""
     check_checkpoint(directory)
     if not (directory / "tokenizer.model").is_file():
         raise damaged("缺少文件 tokenizer.model [missing file]", directory)
@@ -95,19 +91,13 @@ def _is_complete(directory: Path) -> bool:
 
 
 def download_model(model_id: str = MODEL_ID, local_dir: str | Path | None = None, *, verify: bool = False) -> Path:
-    """Download a model from ModelScope (12.5 GB for the 6B), or find it where it already is.
+    """Download a model from ModelScope (12.5 GB for the 6B), or find it where it already is; returns its directory.
 
-    An interrupted download goes on where it stopped when you call this again.
+    An interrupted download goes on where it stopped when you call this again. Whatever stops it is a `HelpersError`.
 
     Args:
         local_dir: the target; by default `default_model_dir()`.
         verify: compare every byte of a model that is there with what ModelScope lists, and fetch what is damaged.
-
-    Returns:
-        The directory with the complete checkpoint.
-
-    Raises:
-        HelpersError: disk full or not writable, ModelScope unreachable, no such model, files missing or damaged.
     """
     found = find_downloaded(model_id) if local_dir is None else None
     target = found or Path(local_dir or default_model_dir(model_id)).expanduser()
@@ -155,9 +145,6 @@ def needed_files(names) -> list[str]:
     """Of the files of a repository, those to fetch: settings, tokenizer, and the weights in one format.
 
     Safetensors if the repository has them, as `weight_files` prefers them, else `.bin`.
-
-    Raises:
-        HelpersError: there is no config.json, or there are no weights.
     """
     top = [name for name in names if "/" not in name and "\\" not in name]
     settings = [name for name in top if any(fnmatch(name, pattern) for pattern in SETTINGS)]
@@ -199,7 +186,6 @@ def damaged_files(model_id: str, directory: Path, files: dict[str, int]) -> list
 
 
 def _explained(error: Exception, model_id: str, target: Path) -> HelpersError:
-    """What went wrong in a download and the way out, from an exception of the client."""
     from modelscope_hub import errors as hub
 
     name, cause = next(iter(getattr(error, "failed_files", {}).items()), (None, error))

@@ -113,13 +113,10 @@ def compile_decoding(model, length: int = STATIC_TOKENS) -> None:
     """From now on `chat`, `stream_chat` and `ChatSession` decode with torch.compile and a KV cache of fixed length.
 
     Nothing is compiled before the first reply, which takes about a minute longer. Training and evaluation stay as
-    they are.
+    they are. `HelpersError` if the model or this machine cannot do it.
 
     Args:
         length: most tokens that prompt and reply together may have; not more than the model's context.
-
-    Raises:
-        HelpersError: the model or this machine cannot do it.
     """
     if getattr(model, "is_quantized", False):
         raise HelpersError(QUANTIZED_OR_COMPILED)

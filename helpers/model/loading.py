@@ -61,8 +61,7 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
         `(model, tokenizer)`, the model in evaluation mode.
 
     Raises:
-        CheckpointError: the files are missing, incomplete or not CharacterGLM.
-        HelpersError: an argument makes no sense; bitsandbytes, or what compiling needs, is missing.
+        HelpersError: files missing or not CharacterGLM, a senseless argument, bitsandbytes or a compiler missing.
     """
     if compile and quantization is not None:
         raise HelpersError(QUANTIZED_OR_COMPILED)  # before a minute of loading
@@ -115,11 +114,7 @@ def pick_model(model="auto") -> tuple[str, str]:
 
 
 def resolve_model(model="auto") -> Path:
-    """The directory of a model: "auto", "nano", "6b" or a path.
-
-    Raises:
-        CheckpointError: the 6B model is not on this machine, or the path is not a complete CharacterGLM directory.
-    """
+    """The directory of a model: "auto", "nano", "6b" or a path; `CheckpointError` if it is not here or not complete."""
     name, _ = pick_model(model)
     path = NANO_DIR if name == "nano" else find_downloaded() if name == "6b" else Path(name).expanduser()
     if path is None:

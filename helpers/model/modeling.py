@@ -47,11 +47,7 @@ UNSUPPORTED_HINTS = {
 
 
 class CharacterGLMConfig(GlmConfig):
-    """`GlmConfig` that reads CharacterGLM's original `config.json`. Defaults are those of CharacterGLM-6B.
-
-    Raises:
-        UnsupportedConfigError: a setting cannot be honoured (see `REQUIRED_SETTINGS`).
-    """
+    """`GlmConfig` that reads CharacterGLM's original `config.json`. Defaults are those of CharacterGLM-6B."""
 
     model_type = MODEL_TYPE
     attribute_map = {
@@ -153,8 +149,7 @@ def keep_quantised_layout(model) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference, which it does on CPUs with AVX512-BF16.
 
     Its `Linear4bit` (0.50) does so at the first forward without gradients, in place and for good: training after an
-    evaluation then fails ("a view of a leaf Variable that requires grad"), computation is in bfloat16 whatever the
-    dtype, and the way back rounds the scales. With this, a model computes and saves the same on every CPU.
+    evaluation then fails, computation is in bfloat16 whatever the dtype, and the way back rounds the scales.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -72,9 +72,8 @@ class ChatGLMTokenizer(TokenizersBackend):
         # Old settings files spell these differently; the family has one fixed set.
         for name in ("unk_token", "bos_token", "eos_token", "pad_token", "additional_special_tokens", "auto_map"):
             kwargs.pop(name, None)
-        kwargs["extra_special_tokens"] = [
-            AddedToken(token, normalized=False, special=True) for token in APPENDED_TOKENS
-        ]
+        appended = [AddedToken(token, normalized=False, special=True) for token in APPENDED_TOKENS]
+        kwargs["extra_special_tokens"] = appended
         kwargs["split_special_tokens"] = True  # text never becomes a control token
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
         super().__init__(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>", **kwargs)
@@ -114,19 +113,11 @@ class ChatGLMTokenizer(TokenizersBackend):
         transformers tokenizes a rendered chat without special tokens, because its templates spell them out. Ours must
         not: the text of a user could then spell them too. So the prefix is asked of the tokenizer instead, and
         `sanitize_control_tokens` has nothing left to do.
-
-        Raises:
-            CharacterError: `session_meta` is missing or not valid.
-            ValueError: an empty conversation; jinja2.TemplateError: an unknown role.
         """
         kwargs.pop("sanitize_control_tokens", None)
-        return super().apply_chat_template(
-            conversation,
-            *args,
-            session_meta=as_session_meta(session_meta).model_dump(),
-            tokenizer_kwargs={"chat_prefix": True, **(tokenizer_kwargs or {})},
-            **kwargs,
-        )
+        kwargs["tokenizer_kwargs"] = {"chat_prefix": True, **(tokenizer_kwargs or {})}
+        meta = as_session_meta(session_meta).model_dump()
+        return super().apply_chat_template(conversation, *args, session_meta=meta, **kwargs)
 
 
 def read_sentencepiece(file) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -142,12 +133,9 @@ def read_sentencepiece(file) -> tuple[dict[str, int], list[tuple[str, str]]]:
     ids = list(range(len(pieces)))  # in one call each: one by one, 64,789 pieces take a tenth of a second
     names = pieces.id_to_piece(ids)
     vocab = dict(zip(names, ids))
-    not_text = {
-        name
-        for is_kind in (pieces.is_control, pieces.is_byte, pieces.is_unknown, pieces.is_unused)
-        for name, found in zip(names, is_kind(ids))
-        if found
-    }
+    not_text = set()
+    for is_kind in (pieces.is_control, pieces.is_byte, pieces.is_unknown, pieces.is_unused):
+        not_text |= {name for name, found in zip(names, is_kind(ids)) if found}
     return vocab, generate_merges(vocab, skip_tokens=not_text)
 
 
