@@ -4,7 +4,7 @@ import atexit
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from transformers import GenerationConfig
@@ -15,21 +15,21 @@ from .compat import compile_config
 from .generation import STOP_IDS
 
 
-def generate(reply: "Reply", receive: Callable[[list[int]], None]) -> None:
-    """Compute a reply in the calling thread; `receive` gets each new token, as a list of one (of all, with beams)."""
+def generate(reply: "Reply") -> None:
+    """Compute a reply in the calling thread; `reply.receive` gets the tokens as they come, with beams all at the end."""
     model, config, cache = reply.model, reply.config, reply.cache
     prompt = torch.tensor([reply.input_ids], device=model.device)  # (1, prompt tokens)
     streams = config.num_beams == 1  # beams reorder the cache and change their minds
 
     def after_token(ids, scores, **_):
-        if streams:
-            receive(ids[0, -1:].tolist())  # ids: (1, prompt and new tokens)
+        if streams:  # ids: (1, prompt and new tokens); `prompt_lookup_num_tokens` can bring several at once
+            reply.receive(ids[0, len(reply.input_ids) + len(reply.token_ids) :].tolist())
         return torch.full((len(ids),), reply.stopped, device=ids.device)
 
     options = {"attention_mask": torch.ones_like(prompt), "generation_config": config}
     options["stopping_criteria"] = StoppingCriteriaList([after_token])
     if not streams:
-        receive(model.generate(prompt, **options)[0, len(reply.input_ids) :].tolist())
+        reply.receive(model.generate(prompt, **options)[0, len(reply.input_ids) :].tolist())
         return
     # A cache with the first 90 of 120 tokens leaves (1, 30) for the first forward pass; every later one has (1, 1).
     cache.reuse(reply.input_ids)
@@ -41,7 +41,7 @@ def generate(reply: "Reply", receive: Callable[[list[int]], None]) -> None:
 class Reply:
     """One reply, computed in the worker thread when its turn comes: iterate for its token ids as they come.
 
-    They come in lists, see `generate`. `stop`, or leaving the iteration, ends it within one token. `error` is what went
+    They come in lists. `stop`, or leaving the iteration, ends it within one token. `error` is what went
     wrong; the iteration raises it. Nobody has to iterate: the reply then goes on to its end.
 
     Args:
@@ -119,7 +119,7 @@ class Reply:
                 with torch.random.fork_rng(devices, enabled=self.seed is not None):
                     if self.seed is not None:
                         torch.manual_seed(self.seed)
-                    generate(self, self._receive)
+                    generate(self)
             if self.on_end is not None:
                 self.on_end(self)
         except BaseException as error:  # its reader raises it
@@ -128,7 +128,7 @@ class Reply:
         self._ended.set()
         self._pieces.put(None)
 
-    def _receive(self, token_ids: list[int]) -> None:
+    def receive(self, token_ids: list[int]) -> None:
         self._times.append(time.perf_counter())
         self.token_ids += token_ids
         self._pieces.put(token_ids)
