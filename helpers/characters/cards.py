@@ -38,11 +38,7 @@ def export_card_v2(card: CharacterCard) -> dict:
 def export_card_png(card: CharacterCard, picture: str | Path | None = None) -> bytes:
     """`card` as a PNG file with a character-card V2 inside, as role-play front-ends exchange them.
 
-    Args:
-        picture: an image file to show; by default a plain card in a colour of the character's own.
-
-    Raises:
-        CharacterError: the picture cannot be read, or is too large.
+    It shows the image file `picture`, or by default a plain card in a colour of the character's own.
     """
     colour = f"hsl({sum(card.bot_name.encode()) % 360}, 45%, 60%)"
     image = Image.new("RGB", (256, 384), colour) if picture is None else _open_image(read_bytes(Path(picture)))
@@ -59,9 +55,6 @@ def import_card_v2(card: dict | bytes | str | Path) -> CharacterCard:
 
     `description`, `personality` and `scenario` become `bot_info`; `{{char}}` and `{{user}}` become the names. What
     CharacterGLM's prompt has no place for (example dialogues, system prompts, lore books) is left out.
-
-    Raises:
-        CharacterError: not a V2 card, or a field is not valid.
     """
     if not isinstance(card, dict):
         name, content = ("", card) if isinstance(card, bytes) else (str(card), read_bytes(Path(card)))
@@ -77,9 +70,7 @@ def import_card_v2(card: dict | bytes | str | Path) -> CharacterCard:
     return check_fields(CharacterCard, persona | {"greeting": _fill_names(data.first_mes, names)})
 
 
-class _CardData(BaseModel):
-    """What is used of the `data` of a character-card V2."""
-
+class _CardData(BaseModel):  # what is used of a character-card V2
     name: Name
     description: Text = ""
     personality: Text = ""
@@ -90,9 +81,8 @@ class _CardData(BaseModel):
 
 def _fill_names(text: str, names: dict[str, str]) -> str:
     """Replace {{char}}, <BOT>, {{user}} and <USER> in any case, as the V1 and V2 specifications ask for."""
-    return re.sub(
-        r"\{\{(char|user)\}\}|<(bot|user)>", lambda m: str(names[(m[1] or m[2]).lower()]), text, flags=re.IGNORECASE
-    )
+    marks = re.compile(r"\{\{(char|user)\}\}|<(bot|user)>", re.IGNORECASE)
+    return marks.sub(lambda mark: str(names[(mark[1] or mark[2]).lower()]), text)
 
 
 def _card_text(png: bytes) -> bytes:
@@ -112,11 +102,9 @@ def _open_image(content: bytes) -> Image.Image:
     check_size(content)
     try:
         image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise CharacterError(f"图片太大 [image too large]：{image.size}，最多 {MAX_PIXELS:,} 像素。请先缩小")
-        image.load()
-    except CharacterError:
-        raise
+        if image.width * image.height <= MAX_PIXELS:
+            image.load()
+            return image
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise CharacterError(f"读不了这张图片 [damaged image]：{error}。请重新下载或另存一次") from None
-    return image
+    raise CharacterError(f"图片太大 [image too large]：{image.size}，最多 {MAX_PIXELS:,} 像素。请先缩小")

@@ -26,7 +26,6 @@ class Dialogue:
 
     @property
     def messages(self) -> list[dict]:
-        """The conversation as chat messages."""
         return history_to_messages(self.history)
 
     @property
@@ -47,19 +46,13 @@ def history_to_messages(history: Iterable) -> list[dict]:
 
 
 class _Row(BaseModel):
-    """One line of a dialogue file."""
-
     id: str = Field(min_length=1)
     character: str
     history: list[tuple[str, Annotated[str, Field(pattern=r"\S")]]] = Field(min_length=1)
 
 
 def load_dialogues(directory: Path = DIALOGUES_DIR) -> list[Dialogue]:
-    """All dialogues of a directory of JSONL files, in file order.
-
-    Raises:
-        HelpersError: there are no such files, or naming file and line of a row that is not valid.
-    """
+    """All dialogues of a directory of JSONL files, in file order; `HelpersError` names file and line of a bad row."""
     files = sorted(directory.glob("*.jsonl"))
     if not files:
         raise HelpersError(f"没有对话文件 [no dialogue files]：{directory} 里应有 .jsonl 文件")
@@ -68,22 +61,19 @@ def load_dialogues(directory: Path = DIALOGUES_DIR) -> list[Dialogue]:
 
 
 def _read(file: Path, cards: dict) -> Iterator[Dialogue]:
+    where = file.name
     try:
         with file.open(encoding="utf-8") as lines:  # not splitlines(): U+2028 may stand in a JSON string
             for number, line in enumerate(lines, start=1):
-                try:
-                    yield _parse(line, cards)
-                except ValueError as error:
-                    problem = field_problems(error, "整行") if isinstance(error, ValidationError) else str(error)
-                    raise HelpersError(f"{file.name} 第 {number} 行无效 [invalid dialogue]：{problem}") from None
+                where = f"{file.name} 第 {number} 行"
+                row = _Row.model_validate_json(line)
+                if row.character not in cards:
+                    raise ValueError(f"没有叫 {row.character} 的角色")
+                if any(not query.strip() for query, _ in row.history[1:]):
+                    raise ValueError("只有第一轮的 query 可以为空")
+                yield Dialogue(row.id, cards[row.character], [list(entry) for entry in row.history])
     except UnicodeDecodeError as error:
         raise HelpersError(f"{file.name} 不是 UTF-8 文本 [invalid UTF-8]：{error}") from None
-
-
-def _parse(line: str, cards: dict) -> Dialogue:
-    row = _Row.model_validate_json(line)
-    if row.character not in cards:
-        raise ValueError(f"没有叫 {row.character} 的角色")
-    if any(not query.strip() for query, _ in row.history[1:]):
-        raise ValueError("只有第一轮的 query 可以为空")
-    return Dialogue(row.id, cards[row.character], [list(entry) for entry in row.history])
+    except ValueError as error:
+        problem = field_problems(error, "整行") if isinstance(error, ValidationError) else str(error)
+        raise HelpersError(f"{where}无效 [invalid dialogue]：{problem}") from None

@@ -1,4 +1,7 @@
-"""Personas: `SessionMeta` (the four fields of CharacterGLM's prompt) and `CharacterCard` (with greeting and source)."""
+"""Personas: `SessionMeta` (the four fields of CharacterGLM's prompt) and `CharacterCard` (with greeting and source).
+
+Whatever is wrong with a persona or its file is a `CharacterError` that names the field or the file.
+"""
 
 import json
 from pathlib import Path
@@ -49,33 +52,24 @@ class CharacterCard(SessionMeta):
 
 
 def as_session_meta(value: SessionMeta | dict) -> SessionMeta:
-    """`value` as a validated `SessionMeta`; a dict with a greeting becomes a `CharacterCard`.
-
-    Raises:
-        CharacterError: naming the field at fault.
-    """
+    """`value` as a validated `SessionMeta`; a dict with a greeting becomes a `CharacterCard`."""
     if isinstance(value, SessionMeta):
         return value
     if not isinstance(value, dict):
-        raise CharacterError(
-            "缺少人设 session_meta [session_meta required]：请给出含 bot_name、bot_info、user_name、user_info 的 dict，"
-            f"收到的是 {type(value).__name__}"
-        )
+        needed = "请给出含 bot_name、bot_info、user_name、user_info 的 dict"
+        got = type(value).__name__
+        raise CharacterError(f"缺少人设 session_meta [session_meta required]：{needed}，收到的是 {got}")
     return check_fields(CharacterCard if "greeting" in value else SessionMeta, value)
 
 
 def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCard]:
-    """All character cards of a JSON file, by name (by default those of `data/characters.json`).
-
-    Raises:
-        CharacterError: the file is missing, not JSON, or a card is not valid.
-    """
+    """All character cards of a JSON file, by name."""
     cards = read_json_object(Path(file))
     return {name: check_fields(CharacterCard, card, f"角色 {name} 的") for name, card in cards.items()}
 
 
 def get_character(name: str) -> CharacterCard:
-    """The shipped card called `name`; `CharacterError` with the known names if there is none."""
+    """The shipped card called `name`; the error for an unknown one lists the known names."""
     characters = load_characters()
     if name not in characters:
         raise CharacterError(f"没有叫 {name!r} 的角色 [unknown character]，可选：{'、'.join(characters)}")
@@ -96,12 +90,11 @@ def field_problems(error: ValidationError, whole: str) -> str:
 
 
 def read_json_object(file: Path) -> dict:
-    """The JSON object in `file`; `CharacterError` if it is missing, damaged or something else."""
     return parse_json_object(read_bytes(file), str(file))
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a file, at most one byte more than `check_size` allows; `CharacterError` if it cannot be read."""
+    """The content of a file, at most one byte more than `check_size` allows."""
     try:
         with file.open("rb") as opened:
             return opened.read(MAX_FILE_BYTES + 1)
@@ -112,7 +105,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def parse_json_object(content: bytes, name: str = "") -> dict:
-    """The JSON object in the content of a file called `name`; `CharacterError` if there is none."""
+    """The JSON object in the content of a file called `name`."""
     check_size(content)
     try:
         parsed = json.loads(content.decode("utf-8-sig"))  # Windows editors begin a file with a mark
@@ -124,6 +117,5 @@ def parse_json_object(content: bytes, name: str = "") -> dict:
 
 
 def check_size(content: bytes) -> None:
-    """Raise `CharacterError` for a file that is larger than any card."""
     if len(content) > MAX_FILE_BYTES:
         raise CharacterError(f"文件太大 [file too large]：角色卡最多 {MAX_FILE_BYTES // 1_000_000} MB")

@@ -1,13 +1,14 @@
 """`chat` and `stream_chat`: one reply to a query and a history."""
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 
 from ..characters.personas import as_session_meta
 from ..model.kv_cache import new_cache
-from .fitting import build_turns, context_limit, fit_prompt, warn_dropped
-from .generation import GenerationParameters, decode_growing, model_defaults
+from .fitting import ContextWarning, build_turns, context_limit, fit_prompt
+from .generation import decode_growing, parameters_for
 from .reply import Reply
 
 
@@ -24,8 +25,7 @@ def chat(model, tokenizer, session_meta, query, history=None, **generation):
         `(response, history)`, the history a new list with this exchange at its end.
 
     Raises:
-        ChatError: an empty or invalid text, a malformed history, a senseless parameter, a prompt that cannot fit.
-        CharacterError: an invalid persona.
+        ChatError: a text, history or parameter is not valid, or the prompt cannot fit; CharacterError: the persona.
     """
     response = last(stream_chat(model, tokenizer, session_meta, query, history, **generation))
     return response, [*map(list, history or []), [query, response]]
@@ -43,16 +43,17 @@ def make_reply(
 ) -> tuple[Reply, int]:
     """A reply that has not been started, and how many of the oldest exchanges its prompt leaves out.
 
-    Everything is checked here, before anything changes. Says so if more than `dropped` exchanges are left out.
+    Everything is checked here, before anything changes. Warns if more than `dropped` exchanges are left out.
     """
-    parameters = GenerationParameters.check({**model_defaults(model), **generation})
-    context = context_limit(model, parameters)
-    turns = build_turns(query, history)
+    parameters = parameters_for(model, generation)
+    turns, context = build_turns(query, history), context_limit(model, parameters)
     fitted = fit_prompt(tokenizer, as_session_meta(session_meta), turns, parameters, context, dropped)
     input_ids, now_dropped, max_new_tokens = fitted
     config = parameters.to_config(max_new_tokens)
     if now_dropped > dropped:
-        warn_dropped(now_dropped)
+        text = f"对话超出上下文长度 [context full]：最早的 {now_dropped} 轮没有放进 prompt，人设保留"
+        # With `warn`, Python shows a text only once: a second conversation would lose its turns in silence.
+        warnings.warn_explicit(text, ContextWarning, __file__, 0, registry={})
     return Reply(model, input_ids, config, cache or new_cache(model), parameters.seed, on_end), now_dropped
 
 

@@ -3,26 +3,19 @@
 from transformers import CompileConfig
 
 NAMES = {
-    "transformers:GenerationConfig._from_model_config": "transformers' defaults would replace the vendor's",
+    "transformers:GenerationConfig._from_model_config": "transformers' defaults (temperature 1, no repetition penalty) would replace the vendor's",
     "transformers:CompileConfig._compile_all_devices": "a compiled model on a CPU would, in silence, not be compiled",
 }
 
 
 def has_own_generation_config(model) -> bool:
-    """Whether the model's directory has a `generation_config.json`.
-
-    transformers makes one up where there is none, and only `_from_model_config` tells. Without it, its defaults
-    (temperature 1, no repetition penalty) would replace the vendor's.
-    """
+    """Whether the model's directory has a `generation_config.json`: where there is none, transformers makes one up."""
     config = getattr(model, "generation_config", None)
     return config is not None and not config._from_model_config
 
 
 def compile_config(device) -> CompileConfig:
-    """How `generate` compiles the decoding step on this device: on a GPU into CUDA graphs.
-
-    Without `_compile_all_devices` a CPU would, in silence, not compile at all.
-    """
+    """How `generate` compiles the decoding step on this device: on a GPU into CUDA graphs."""
     config = CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default")
-    config._compile_all_devices = True
+    config._compile_all_devices = True  # or it would, in silence, not compile on a CPU
     return config

@@ -1,7 +1,6 @@
 """Which part of a conversation goes into the prompt: all of it, or what the model's context has room for."""
 
 import bisect
-import warnings
 
 from ..characters.dialogues import history_to_messages
 from ..errors import ChatError
@@ -20,11 +19,11 @@ def check_history(history) -> None:
     if not isinstance(history, (list, tuple)):
         raise ChatError(f"history 应为列表 [malformed history]，每项是 [query, response]，收到 {history!r:.80}")
     for number, entry in enumerate(history, start=1):
+        where = f"history 第 {number} 项"
         if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-            raise ChatError(f"history 第 {number} 项应为 [query, response] [malformed history]，收到 {entry!r:.80}")
-        if entry[0] != "" or number > 1:
-            check_text(entry[0], f"history 第 {number} 项的 query")
-        check_text(entry[1], f"history 第 {number} 项的 response", may_be_empty=True)
+            raise ChatError(f"{where}应为 [query, response] [malformed history]，收到 {entry!r:.80}")
+        check_text(entry[0], f"{where}的 query", may_be_empty=number == 1 and entry[0] == "")
+        check_text(entry[1], f"{where}的 response", may_be_empty=True)
 
 
 def check_text(text, where: str, may_be_empty: bool = False) -> str:
@@ -55,7 +54,6 @@ def encode_turns(tokenizer, session_meta, turns: list[list[dict]]) -> list[int]:
 
 
 def encode_prompt(tokenizer, session_meta, query: str, history) -> list[int]:
-    """As `encode_turns`, for a query and a history. Raises as `check_history`."""
     return encode_turns(tokenizer, session_meta, build_turns(query, history))
 
 
@@ -66,18 +64,16 @@ def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, drop
     turn would change the beginning of every prompt, and no KV cache could be reused.
 
     Args:
-        turns: from `build_turns`.
         dropped: how many of the oldest turns are left out already.
 
     Returns:
-        `(input_ids, dropped)`. The ids are more than `limit` if the persona and the last turn alone are.
+        `(input_ids, dropped)`; more ids than `limit` if the persona and the last turn alone are too long.
     """
 
     def prompt(start: int) -> list[int]:
         return encode_turns(tokenizer, session_meta, turns[start:])
 
-    input_ids = prompt(0)
-    if len(input_ids) <= limit:
+    if len(input_ids := prompt(0)) <= limit:
         return input_ids, 0
     dropped = min(dropped, len(turns) - 1)
     input_ids = prompt(dropped)
@@ -92,13 +88,9 @@ def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, drop
 def fit_prompt(
     tokenizer, session_meta, turns: list[list[dict]], parameters: GenerationParameters, context: int, dropped: int = 0
 ) -> tuple[list[int], int, int]:
-    """The prompt of `fit_turns` with room for a reply, within `context` tokens for both.
+    """`(input_ids, dropped, max_new_tokens)`: as `fit_turns`, with prompt and reply within `context` tokens.
 
-    Returns:
-        `(input_ids, dropped, max_new_tokens)`.
-
-    Raises:
-        ChatError: the persona and the last turn alone leave no room for a reply.
+    `ChatError` if the persona and the last turn alone leave no room for a reply.
     """
     reserve = min(parameters.max_new_tokens, max(1, context // 4))  # room for the reply
     input_ids, dropped = fit_turns(tokenizer, session_meta, turns, context - reserve, dropped)
@@ -110,13 +102,6 @@ def fit_prompt(
     return input_ids, dropped, min(parameters.max_new_tokens, room)
 
 
-def warn_dropped(dropped: int) -> None:
-    """Say that the oldest exchanges are no longer in the prompt."""
-    text = f"对话超出上下文长度 [context full]：最早的 {dropped} 轮没有放进 prompt，人设保留"
-    # With `warn`, Python shows a text only once: a second conversation would lose its turns in silence.
-    warnings.warn_explicit(text, ContextWarning, __file__, 0, registry={})
-
-
 def context_length(model) -> int:
     """How many tokens, prompt and reply together: 32,768 for the 6B; a compiled model's cache may be shorter."""
     decoding = compiled_decoding(model)
@@ -124,5 +109,5 @@ def context_length(model) -> int:
 
 
 def context_limit(model, parameters: GenerationParameters) -> int:
-    """How many tokens, prompt and reply together, these parameters allow."""
+    """How many tokens, prompt and reply together, model and parameters allow."""
     return min(parameters.max_length or context_length(model), context_length(model))

@@ -46,7 +46,13 @@ class GenerationParameters(BaseModel):
     @classmethod
     def check(cls, parameters: dict) -> "GenerationParameters":
         """Validated parameters; `ChatError` for an unknown name (with the closest known one) or a senseless value."""
-        _check_names(parameters, {*cls.model_fields, *GenerationConfig().to_dict()} - FIXED_PARAMETERS)
+        known = {*cls.model_fields, *GenerationConfig().to_dict()} - FIXED_PARAMETERS
+        for name in parameters:
+            if name in FIXED_PARAMETERS:
+                raise ChatError(f"{name} 由本项目设定，不能更改 [fixed parameter]：回复以换行或 eos 结束，一次一条")
+            if name not in known:
+                hint = did_you_mean(name, known) or f"常用的有 {'、'.join(cls.model_fields)}"
+                raise ChatError(f"不认识的生成参数 [unknown generation parameter]：{name}。{hint}")
         try:
             checked = cls.model_validate(parameters)
         except ValidationError as error:
@@ -69,19 +75,15 @@ class GenerationParameters(BaseModel):
             raise _invalid(str(error)) from None
 
 
+def parameters_for(model, generation: dict) -> GenerationParameters:
+    """What is used: `generation` over the model's own defaults. Raises as `GenerationParameters.check`."""
+    return GenerationParameters.check({**model_defaults(model), **generation})
+
+
 def model_defaults(model) -> dict:
     """What the model's own `generation_config.json` sets; nothing for CharacterGLM-6B, which has no such file."""
     chosen = model.generation_config.to_diff_dict() if has_own_generation_config(model) else {}
     return {name: chosen[name] for name in GenerationParameters.model_fields if name in chosen}
-
-
-def _check_names(names: Iterable[str], known: set[str]) -> None:
-    for name in names:
-        if name in FIXED_PARAMETERS:
-            raise ChatError(f"{name} 由本项目设定，不能更改 [fixed parameter]：回复以换行或 eos 结束，一次一条")
-        if name not in known:
-            hint = did_you_mean(name, known) or f"常用的有 {'、'.join(GenerationParameters.model_fields)}"
-            raise ChatError(f"不认识的生成参数 [unknown generation parameter]：{name}。{hint}")
 
 
 def _invalid(problem: str) -> ChatError:
@@ -123,5 +125,4 @@ def decode_growing(tokenizer, pieces: Iterable[list[int]]) -> Iterator[str]:
 
 
 def decode_reply(tokenizer, token_ids: list[int]) -> str:
-    """The text of a whole reply, or of what there is of it."""
     return StreamDecoder(tokenizer).add(token_ids)

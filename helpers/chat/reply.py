@@ -4,55 +4,44 @@ import atexit
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import BaseStreamer, StoppingCriteriaList
+from transformers.generation import StoppingCriteriaList
 
 from ..model.kv_cache import PromptCache
 from .compat import compile_config
 from .generation import STOP_IDS
 
 
-def generate(reply: "Reply", receive: Callable[[list[int]], None]) -> None:
-    """Compute a reply in the calling thread; `receive` gets each new token, as a list of one (of all, with beams)."""
+def generate(reply: "Reply") -> None:
+    """Compute a reply in the calling thread; `reply.receive` gets the tokens as they come, with beams all at the end."""
     model, config, cache = reply.model, reply.config, reply.cache
     prompt = torch.tensor([reply.input_ids], device=model.device)  # (1, prompt tokens)
+    streams = config.num_beams == 1  # beams reorder the cache and change their minds
+
+    def after_token(ids, scores, **_):
+        if streams:  # ids: (1, prompt and new tokens); `prompt_lookup_num_tokens` can bring several at once
+            reply.receive(ids[0, len(reply.input_ids) + len(reply.token_ids) :].tolist())
+        return torch.full((len(ids),), reply.stopped, device=ids.device)
+
     options = {"attention_mask": torch.ones_like(prompt), "generation_config": config}
-    options["stopping_criteria"] = StoppingCriteriaList(  # asked after every token
-        [lambda ids, scores, **_: torch.full((len(ids),), reply.stopped, device=ids.device)]
-    )
-    if config.num_beams > 1:  # beams reorder the cache and cannot stream
-        receive(model.generate(prompt, **options)[0, len(reply.input_ids) :].tolist())
+    options["stopping_criteria"] = StoppingCriteriaList([after_token])
+    if not streams:
+        reply.receive(model.generate(prompt, **options)[0, len(reply.input_ids) :].tolist())
         return
     # A cache with the first 90 of 120 tokens leaves (1, 30) for the first forward pass; every later one has (1, 1).
     cache.reuse(reply.input_ids)
     config.compile_config = compile_config(model.device) if cache.compiled else None
-    output = model.generate(prompt, past_key_values=cache.key_values, streamer=_NewTokens(receive), **options)
+    output = model.generate(prompt, past_key_values=cache.key_values, **options)
     cache.record(output[0].tolist())
-
-
-class _NewTokens(BaseStreamer):
-    """What `generate` of transformers calls with every token; first with the prompt, which is left out."""
-
-    def __init__(self, receive):
-        self.receive, self.prompt_seen = receive, False
-
-    def put(self, value):
-        if self.prompt_seen:
-            self.receive(value.flatten().tolist())
-        self.prompt_seen = True
-
-    def end(self):
-        pass
 
 
 class Reply:
     """One reply, computed in the worker thread when its turn comes: iterate for its token ids as they come.
 
-    They come in lists, see `generate`. `stop`, or leaving the iteration, ends it within one token. `error` is what went
+    They come in lists. `stop`, or leaving the iteration, ends it within one token. `error` is what went
     wrong; the iteration raises it. Nobody has to iterate: the reply then goes on to its end.
 
     Args:
@@ -65,25 +54,28 @@ class Reply:
         self, model, input_ids: list[int], config: GenerationConfig, cache: PromptCache, seed=None, on_end=None
     ):
         self.model, self.input_ids, self.config, self.cache = model, input_ids, config, cache
-        self.seed, self.on_end = seed, on_end or (lambda reply: None)
+        self.seed, self.on_end = seed, on_end
         self.token_ids: list[int] = []
         self.error: BaseException | None = None
-        self._start_time: float | None = None
+        self._times: list[float] = []  # of the start and of every piece
         self._pieces = queue.SimpleQueue()  # simple: the garbage collector may call `stop` in the middle of a `put`
         self._taken = threading.Lock()  # by the one who ends the reply: the worker, or `stop` while it waits its turn
         self._ended = threading.Event()
 
     def start(self) -> "Reply":
         """Join the queue of replies to compute."""
-        _start_worker()
-        self._start_time = time.perf_counter()
+        global _worker
+        with _starting:
+            if _worker is None or not _worker.is_alive():  # a forked process has lost it
+                _worker = threading.Thread(target=_work, name="replies", daemon=True)
+                _worker.start()
+        self._times.append(time.perf_counter())
         _waiting.put(self)
         return self
 
     @property
     def running(self) -> bool:
-        """Whether it has been started and has not ended."""
-        return self._start_time is not None and not self._ended.is_set()
+        return bool(self._times) and not self._ended.is_set()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for the end, by default for as long as it takes; whether it has come."""
@@ -96,8 +88,7 @@ class Reply:
 
     def __iter__(self) -> Iterator[list[int]]:
         try:
-            while (piece := self._pieces.get()) is not None:
-                yield piece
+            yield from iter(self._pieces.get, None)
         finally:
             self.stop()
             # The garbage collector closes an abandoned iterator in any thread, even in the worker.
@@ -110,33 +101,35 @@ class Reply:
         """Lengths in tokens, seconds to the first one, tokens per second after it, and whether it ended by itself."""
         if not self.token_ids:
             return {}
-        decoding, later = self._last_time - self._first_time, len(self.token_ids) - 1
+        start, first, *_, last = [*self._times, self._times[-1]]
         return {
             "prompt_tokens": len(self.input_ids),
             "new_tokens": len(self.token_ids),
-            "time_to_first_token": self._first_time - self._start_time,
-            "tokens_per_second": later / decoding if decoding > 0 else None,
+            "time_to_first_token": first - start,
+            "tokens_per_second": (len(self.token_ids) - 1) / (last - first) if last > first else None,
             "ended_by_itself": self.token_ids[-1] in STOP_IDS,
         }
 
     def _run(self) -> None:
         if not self._taken.acquire(blocking=False):
             return
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
         try:
             if not self.stopped:
-                with _seeded(self.model.device, self.seed):
-                    generate(self, self._receive)
-            self.on_end(self)
+                with torch.random.fork_rng(devices, enabled=self.seed is not None):
+                    if self.seed is not None:
+                        torch.manual_seed(self.seed)
+                    generate(self)
+            if self.on_end is not None:
+                self.on_end(self)
         except BaseException as error:  # its reader raises it
             self.cache.clear()
             self.error = error
         self._ended.set()
         self._pieces.put(None)
 
-    def _receive(self, token_ids: list[int]) -> None:
-        self._last_time = time.perf_counter()
-        if not self.token_ids:
-            self._first_time = self._last_time
+    def receive(self, token_ids: list[int]) -> None:
+        self._times.append(time.perf_counter())
         self.token_ids += token_ids
         self._pieces.put(token_ids)
 
@@ -146,14 +139,6 @@ class Reply:
 _waiting: queue.SimpleQueue = queue.SimpleQueue()
 _worker: threading.Thread | None = None
 _starting = threading.Lock()
-
-
-def _start_worker() -> None:
-    global _worker
-    with _starting:
-        if _worker is None or not _worker.is_alive():  # a forked process has lost it
-            _worker = threading.Thread(target=_work, name="replies", daemon=True)
-            _worker.start()
 
 
 def _work() -> None:
@@ -169,14 +154,3 @@ def _end_worker() -> None:
     if _worker is not None and _worker.is_alive():
         _waiting.put(None)
         _worker.join()
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int | None):
-    """Seed torch's random numbers for the block and put the old state back afterwards."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -9,7 +9,7 @@ from ..errors import BusyError, ChatError
 from ..model.kv_cache import new_cache
 from .chat import last, make_reply, read
 from .fitting import check_history, check_text, context_limit, encode_turns, history_to_messages
-from .generation import GenerationParameters, decode_reply, model_defaults
+from .generation import GenerationParameters, decode_reply, parameters_for
 from .reply import Reply
 
 EXPORT_FORMAT = "characterglm-chat/1"
@@ -36,15 +36,14 @@ class ChatSession:
         self.clear()
 
     def send(self, query: str, **generation) -> str:
-        """Say something and return the whole reply. Raises as `chat`, and `BusyError` while a reply is written."""
+        """Say something and return the whole reply. Raises as `chat`; everything is refused while a reply is written."""
         return last(self.stream(query, **generation))
 
     def stream(self, query: str, **generation) -> Iterator[str]:
         """Say something and yield the growing reply.
 
-        When the reply ends, or is stopped or the iterator is closed, what there is of it joins the history. If an
-        error is raised the history stays as it was. An iterator that is neither read on nor closed keeps nobody
-        waiting: the reply ends by itself.
+        When it ends, is stopped, or the iterator is closed, what there is of it joins the history; after an error the
+        history stays as it was. An iterator that is neither read on nor closed keeps nobody waiting.
         """
         yield from read(self.tokenizer, self.begin(query, **generation))
 
@@ -62,7 +61,6 @@ class ChatSession:
         return last(self.stream_again(**generation))
 
     def stream_again(self, **generation) -> Iterator[str]:
-        """Like `regenerate`, but yields the growing reply. The old one stays if an error is raised."""
         yield from read(self.tokenizer, self.begin_again(**generation))
 
     def begin_again(self, **generation) -> Reply:
@@ -74,8 +72,10 @@ class ChatSession:
     @property
     def draft(self) -> tuple[list, str, str] | None:
         """While a reply is written: the history before it, its query, and its text so far."""
-        past, query, reply = self._writing or ([], "", None)
-        return (past, query, decode_reply(self.tokenizer, reply.token_ids)) if reply and reply.running else None
+        if self._writing is None or not self._writing[-1].running:
+            return None
+        past, query, reply = self._writing
+        return past, query, decode_reply(self.tokenizer, reply.token_ids)
 
     @property
     def error(self) -> BaseException | None:
@@ -90,7 +90,6 @@ class ChatSession:
 
     @property
     def alternative(self) -> int:
-        """Which of `alternatives` is in the history, counted from 0."""
         return len(self._others[0])
 
     def swipe(self, step: int = 1) -> str:
@@ -116,13 +115,11 @@ class ChatSession:
         with self._changing():
             if not self.history:
                 raise ChatError("还没有可以编辑的对话 [nothing to edit]")
-            old_query, old_response = self.history[-1]
-            if query is not None:
-                self._last_exchange()
-                old_query = check_text(query, "query")
-            if response is not None:
-                old_response = check_text(response, "response")
-            self.history[-1] = [old_query, old_response]
+            old_query, old_response = self.history[-1] if query is None else self._last_exchange()
+            self.history[-1] = [
+                old_query if query is None else check_text(query, "query"),
+                old_response if response is None else check_text(response, "response"),
+            ]
 
     def set_persona(self, session_meta) -> None:
         """Go on with the same history under another persona. Only the shown reply stays of the alternatives."""
@@ -133,19 +130,16 @@ class ChatSession:
     @property
     def parameters(self) -> GenerationParameters:
         """What the next reply is generated with: the model's own defaults and, over them, `generation`."""
-        return GenerationParameters.check({**model_defaults(self.model), **self.generation})
+        return parameters_for(self.model, self.generation)
 
     def set_generation(self, **parameters) -> None:
         """Change defaults for the next replies, not for one that is being written. Raises `ChatError`, changing none."""
         generation = {**self.generation, **parameters}
-        GenerationParameters.check({**model_defaults(self.model), **generation})
+        parameters_for(self.model, generation)
         self.generation = generation
 
     def context_used(self) -> tuple[int, int]:
-        """`(tokens, limit)`: how long the next prompt is before anything is typed, and how long prompt and reply may be.
-
-        Turns that no longer fit and were left out of the last prompt are not counted.
-        """
+        """`(tokens, limit)`: how long the next prompt is before anything is typed, and how long prompt and reply may be."""
         turns = [history_to_messages(self.history[self.dropped_turns :]), [{"role": "user", "content": ""}]]
         return len(encode_turns(self.tokenizer, self.session_meta, turns)), context_limit(self.model, self.parameters)
 
@@ -182,11 +176,7 @@ class ChatSession:
 
     @classmethod
     def restore(cls, model, tokenizer, exported: dict) -> "ChatSession":
-        """A session from what `export` returned.
-
-        Raises:
-            ChatError: not an exported conversation, or damaged; CharacterError: an invalid persona.
-        """
+        """A session from what `export` returned; `ChatError` or `CharacterError` if it is something else or damaged."""
         if not isinstance(exported, dict) or exported.get("format") != EXPORT_FORMAT:
             raise ChatError(f"这不是导出的对话 [not an exported chat]：需要 format={EXPORT_FORMAT!r}")
         history, generation = exported.get("history"), exported.get("generation", {})
@@ -196,8 +186,7 @@ class ChatSession:
         GenerationParameters.check(generation)  # before it becomes arguments
         session = cls(model, tokenizer, exported.get("session_meta"), **generation)
         session.history = [list(entry) for entry in history]
-        # Older exports have no alternatives.
-        shown = session.alternatives
+        shown = session.alternatives  # all that older exports have
         replies, position = exported.get("alternatives", shown), exported.get("alternative", 0)
         if not isinstance(replies, list) or type(position) is not int or replies[position : position + 1] != shown:
             raise ChatError("导出的对话已损坏 [damaged export]：alternatives 里没有 history 的最后一条回复")
@@ -209,19 +198,17 @@ class ChatSession:
     def _begin(self, generation: dict, query="", again: bool = False) -> Reply:
         with self._changing():
             if again:
-                query = self._last_exchange()[0]
+                query, _ = self._last_exchange()
             past = self.history[: len(self.history) - again]
             earlier = self.alternatives if again else []
 
-            def record(reply: Reply) -> None:
-                """When it has ended: let it join the history, whether or not somebody reads it."""
+            def record(reply: Reply) -> None:  # when it has ended, whether or not somebody reads it
                 self._others = (earlier, [])
                 self.history = [*past, [query, decode_reply(self.tokenizer, reply.token_ids)]]
                 self.statistics = reply.statistics()
 
-            generation = {**self.generation, **generation}
-            about = (self.model, self.tokenizer, self.session_meta, query, past, generation, self.dropped_turns)
-            reply, self.dropped_turns = make_reply(*about, self._cache, record)
+            about = (self.model, self.tokenizer, self.session_meta, query, past, {**self.generation, **generation})
+            reply, self.dropped_turns = make_reply(*about, self.dropped_turns, self._cache, record)
             self._writing = past, query, reply
             return reply.start()  # only now: a stop() must find the reply it is meant for
 

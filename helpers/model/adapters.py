@@ -6,30 +6,28 @@ from pathlib import Path
 import torch
 
 from ..characters.personas import SessionMeta, as_session_meta, read_json_object
-from ..errors import CheckpointError
-from .checkpoint import check_weight_file, read_json, stored_tensors
+from .checkpoint import check_weight_file, damaged, read_json, stored_tensors
 
 ADAPTER_RECORD = "finetune.json"  # what `helpers.finetune` writes beside an adapter: how it was trained, on what base
 ADAPTER_CARD = "card.json"  # the persona that an adapter speaks as, beside it
 
 
 def add_adapter(model, adapter):
-    """Put the PEFT LoRA adapter in directory `adapter` on `model`.
-
-    Raises:
-        CheckpointError: not an adapter, damaged, incomplete, or made for another model.
-    """
+    """`model` with the PEFT LoRA adapter in directory `adapter`; `CheckpointError` if it is not whole or not for it."""
     from peft import PeftModel, get_peft_model_state_dict
 
     stored = stored_tensors(adapter_file(Path(adapter)))
-    _check_base(model, Path(adapter))
+    record = Path(adapter) / ADAPTER_RECORD
+    if record.is_file():  # an adapter from elsewhere has none: only its names and shapes can be checked
+        trained_on, given = read_json(record).get("base"), base_fingerprint(model)
+        if trained_on and given and trained_on != given:
+            problem = "LoRA adapter 是在另一个底模上训练的 [adapter for another base]"
+            raise damaged(problem, adapter, "请加载训练时用的那个模型，或在这个模型上重新训练")
     try:
         loaded = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"LoRA adapter 和这个模型对不上 [adapter does not fit]：{adapter}。请用为这个模型训练的 adapter "
-            f"（见 notebook 04）。原始信息：{str(error)[:300]}"
-        ) from error
+        way_out = f"请用为这个模型训练的 adapter （见 notebook 04）。原始信息：{str(error)[:300]}"
+        raise damaged("LoRA adapter 和这个模型对不上 [adapter does not fit]", adapter, way_out) from error
     # PEFT only warns about missing weights and leaves them at zero, that is, without effect; of others it says nothing.
     expected = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
     for problem, names in [
@@ -37,7 +35,7 @@ def add_adapter(model, adapter):
         ("有这个模型用不上的权重 [unused adapter keys]", stored.keys() - expected),
     ]:
         if names:
-            raise CheckpointError(f"LoRA adapter {problem}：{adapter}，例如 {min(names)}。请用为这个模型训练的 adapter")
+            raise damaged(f"LoRA adapter {problem}，例如 {min(names)}", adapter, "请用为这个模型训练的 adapter")
     return loaded
 
 
@@ -57,17 +55,6 @@ def base_fingerprint(model) -> str | None:
     return hashlib.sha256(torch.cat(rows).numpy().tobytes()).hexdigest()[:16]
 
 
-def _check_base(model, directory: Path) -> None:
-    if not (directory / ADAPTER_RECORD).is_file():  # an adapter from elsewhere: only its shapes can be checked
-        return
-    trained_on, given = read_json(directory / ADAPTER_RECORD).get("base"), base_fingerprint(model)
-    if trained_on and given and trained_on != given:
-        raise CheckpointError(
-            f"LoRA adapter 是在另一个底模上训练的 [adapter for another base]：{directory}。"
-            "请加载训练时用的那个模型，或在这个模型上重新训练"
-        )
-
-
 def adapter_card(directory: str | Path) -> SessionMeta | None:
     """The persona kept beside an adapter, if there is one. Raises `CharacterError` if it is damaged."""
     file = Path(directory) / ADAPTER_CARD
@@ -76,11 +63,10 @@ def adapter_card(directory: str | Path) -> SessionMeta | None:
 
 def adapter_file(directory: Path) -> Path:
     """The whole weight file of a PEFT adapter; `CheckpointError` if the directory holds none."""
-    if not (directory / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"这不是 LoRA adapter 目录 [not an adapter directory]：{directory}，缺少 adapter_config.json"
-        )
-    read_json(directory / "adapter_config.json")
+    config = directory / "adapter_config.json"
+    if not config.is_file():
+        raise damaged("这不是 LoRA adapter 目录 [not an adapter directory]", directory, f"缺少 {config.name}")
+    read_json(config)
     names = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT prefers them
     file = next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
     check_weight_file(file, "请重新训练，或重新复制 adapter 目录")

@@ -30,7 +30,6 @@ class PromptCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
         self.token_ids: list[int] = []
         self.key_values = DynamicCache()
 
@@ -40,13 +39,16 @@ class PromptCache:
         At least one token is left to compute: the model needs it to predict the next one.
         """
         keep = common_prefix_length(self.token_ids, input_ids[:-1])
+        self.token_ids = self.token_ids[:keep]
+        self._cut(keep)
+        return keep
+
+    def _cut(self, keep: int) -> None:
         cached = self.key_values.get_seq_length()
         if keep == 0:
             self.clear()
         elif keep < cached:
             self.key_values.crop(-(cached - keep))  # a negative number of tokens to drop: the form 5.23 accepts
-        self.token_ids = self.token_ids[:keep]
-        return keep
 
     def record(self, token_ids: list[int]) -> None:
         """Remember which tokens the cache now stands for: the last generated one was never fed back."""
@@ -76,26 +78,23 @@ class StaticPromptCache(PromptCache):
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything. Another conversation's reply that is being written is not affected."""
-        self.token_ids = []
+        self.token_ids = []  # and nothing in the shared cache: another conversation may be writing there
 
     def reuse(self, input_ids: list[int]) -> int:
-        """As in `PromptCache`; called when it is this conversation's turn to write."""
         if self.decoding.user is not self:
-            self.token_ids = []
+            self.clear()
         self.decoding.user = self
-        keep = common_prefix_length(self.token_ids, input_ids[:-1])
+        return super().reuse(input_ids)
+
+    def _cut(self, keep: int) -> None:
         if keep == 0:
             self.key_values.reset()
         else:
             for layer in self.key_values.layers:  # what stands behind is masked until it is written over
                 layer.cumulative_length.fill_(keep)
-        self.token_ids = self.token_ids[:keep]
-        return keep
 
 
 def common_prefix_length(first: list[int], second: list[int]) -> int:
-    """How many leading tokens two sequences share."""
     return len(os.path.commonprefix([first, second]))  # made for paths, right for any two sequences
 
 
@@ -114,24 +113,17 @@ def compile_decoding(model, length: int = STATIC_TOKENS) -> None:
     """From now on `chat`, `stream_chat` and `ChatSession` decode with torch.compile and a KV cache of fixed length.
 
     Nothing is compiled before the first reply, which takes about a minute longer. Training and evaluation stay as
-    they are.
+    they are. `HelpersError` if the model or this machine cannot do it.
 
     Args:
         length: most tokens that prompt and reply together may have; not more than the model's context.
-
-    Raises:
-        HelpersError: the model or this machine cannot do it.
     """
-    check_compilable(model)
-    model.compiled_decoding = CompiledDecoding(model, min(length, model.config.max_position_embeddings))
-
-
-def check_compilable(model) -> None:
-    """Raise `HelpersError` if the model cannot be compiled, or something that compiling needs is missing."""
     if getattr(model, "is_quantized", False):
         raise HelpersError(QUANTIZED_OR_COMPILED)
-    places = _places(model)
-    if len(places) > 1 or not places <= {"cpu", "cuda"}:
+    placed = getattr(model, "hf_device_map", {}).values() or [model.device]
+    # "cpu", "cuda", "disk", ...; transformers numbers the GPUs.
+    places = {"cuda" if isinstance(place, int) else str(place).partition(":")[0] for place in placed}
+    if places not in ({"cpu"}, {"cuda"}):
         raise HelpersError(
             f"模型在 {'、'.join(sorted(places))} 上，不能编译 [cannot compile here]：要全部在 CPU 上，或全部在 CUDA GPU 上"
         )
@@ -140,16 +132,11 @@ def check_compilable(model) -> None:
             f"torch.compile 缺少 {'、'.join(missing)} [cannot compile: tools missing]："
             "Debian / Ubuntu 上 apt-get install -y g++ python3-dev；triton 随 CUDA 版的 torch 一起来。或去掉 compile=True"
         )
-
-
-def _places(model) -> set:
-    """The kinds of devices that the parts of the model are on: "cpu", "cuda", "disk", ..."""
-    placed = getattr(model, "hf_device_map", {}).values() or [model.device]
-    return {"cuda" if isinstance(place, int) else str(place).partition(":")[0] for place in placed}
+    model.compiled_decoding = CompiledDecoding(model, min(length, model.config.max_position_embeddings))
 
 
 def _missing_tools(device: str) -> list[str]:
-    """What torch.compile needs on "cpu" or "cuda" and does not find."""
+    """What torch.compile needs on "cpu" or "cuda" and does not find: torch itself says so only at the first reply."""
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
     found = {
         "C++ 编译器 [C++ compiler]": any(map(shutil.which, compilers)),

@@ -41,7 +41,7 @@ class LoadChoice:
 
     def __str__(self) -> str:
         what = f"模型 {self.path.name}，dtype {str(self.dtype).removeprefix('torch.')}，设备 {self.device_map}"
-        return "\n".join([what, *(f"  - {reason}" for reason in self.reasons)])
+        return "\n  - ".join([what, *self.reasons])
 
 
 def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, adapter=None, compile=False):
@@ -52,8 +52,7 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
         dtype: "float32", "float16", "bfloat16", a `torch.dtype`, or "auto": bfloat16 on a GPU that computes in it,
             float16 on older GPUs, and on a CPU float32 for small models and bfloat16 for large ones.
         device_map: as in transformers; "auto" uses the GPUs there are, else the CPU.
-        quantization: None, "int8" or "nf4": the weights of the linear layers in 8 or 4 bits (bitsandbytes); embedding,
-            output layer and computation stay in `dtype`. Slower on a CPU, see `benchmarks/decoding.py`.
+        quantization: "int8" or "nf4" (bitsandbytes): the linear layers' weights in 8 or 4 bits, the rest in `dtype`.
         adapter: directory of a PEFT LoRA adapter to put on top.
         compile: decode with torch.compile: the first reply waits a minute, later ones are faster; prompt and reply have
             at most `kv_cache.STATIC_TOKENS` tokens. Not with `quantization`, and not in the API server.
@@ -62,56 +61,45 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
         `(model, tokenizer)`, the model in evaluation mode.
 
     Raises:
-        CheckpointError: the files are missing, incomplete or not CharacterGLM.
-        HelpersError: an argument makes no sense; bitsandbytes, or what compiling needs, is missing.
+        HelpersError: files missing or not CharacterGLM, a senseless argument, bitsandbytes or a compiler missing.
     """
     if compile and quantization is not None:
         raise HelpersError(QUANTIZED_OR_COMPILED)  # before a minute of loading
     # 1. Which files, in which precision, on which device.
     choice = choose(model, dtype=dtype, device_map=device_map)
     logger.info("%s", choice)
-    options = {"dtype": choice.dtype, "device_map": choice.device_map}
-    if quantization is not None:
-        options["quantization_config"] = quantization_config(quantization, choice.dtype)
+    quantized = {} if quantization is None else {"quantization_config": quantization_config(quantization, choice.dtype)}
     # 2. The config first, because AutoTokenizer would hide what is wrong with it; then the tokenizer, in a moment.
     config = AutoConfig.from_pretrained(choice.path)
-    tokenizer = AutoTokenizer.from_pretrained(choice.path, config=config)
-    check_vocabulary(tokenizer, config, choice.path)
+    tokenizer = load_tokenizer(choice.path, config)
     # 3. The weights: seconds from a disk cache, a minute without.
-    loaded = AutoModelForCausalLM.from_pretrained(choice.path, config=config, **options)
+    options = {"config": config, "dtype": choice.dtype, "device_map": choice.device_map, **quantized}
+    loaded = AutoModelForCausalLM.from_pretrained(choice.path, **options)
     # 4. What goes on top.
     if compile:
         compile_decoding(loaded)
         logger.warning("第一条回复要先编译，约一分钟，之后更快 [compiling: the first reply takes about a minute]")
-    if adapter is not None:
-        loaded = add_adapter(loaded, adapter)
-    return loaded.eval(), tokenizer
+    return (add_adapter(loaded, adapter) if adapter is not None else loaded).eval(), tokenizer
 
 
-def check_vocabulary(tokenizer, config, path: Path) -> None:
-    """Raise `CheckpointError` if the tokenizer knows tokens that the model has no embedding for."""
+def load_tokenizer(path: Path, config):
+    """The tokenizer in `path`; `CheckpointError` if it knows tokens that the model has no embedding for."""
+    tokenizer = AutoTokenizer.from_pretrained(path, config=config)
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
             f"tokenizer.model 有 {len(tokenizer)} 个 token，模型只有 {config.vocab_size} 个 [tokenizer mismatch]："
             f"{path}。它们必须来自同一个模型"
         )
+    return tokenizer
 
 
 def choose(model="auto", *, dtype="auto", device_map="auto") -> LoadChoice:
     """What `load` with the same arguments would pick, without loading anything."""
-    path, why_model = _resolve(model)
+    name, why_model = pick_model(model)
+    path = resolve_model(name)
     device, why_device = pick_device(device_map)
     chosen, why_dtype = pick_dtype(dtype, device, path)
     return LoadChoice(path, chosen, device, (why_model, why_device, why_dtype))
-
-
-def resolve_model(model="auto") -> Path:
-    """The directory of a model: "auto", "nano", "6b" or a path.
-
-    Raises:
-        CheckpointError: the 6B model is not on this machine, or the path is not a complete CharacterGLM directory.
-    """
-    return _resolve(model)[0]
 
 
 def pick_model(model="auto") -> tuple[str, str]:
@@ -125,8 +113,9 @@ def pick_model(model="auto") -> tuple[str, str]:
     return "nano", f"auto 选了 nano：{seen}，6b 至少要 {MIN_GPU_GIB} GiB。Nano 是教学替身，不是 6B"
 
 
-def _resolve(model) -> tuple[Path, str]:
-    name, reason = pick_model(model)
+def resolve_model(model="auto") -> Path:
+    """The directory of a model: "auto", "nano", "6b" or a path; `CheckpointError` if it is not here or not complete."""
+    name, _ = pick_model(model)
     path = NANO_DIR if name == "nano" else find_downloaded() if name == "6b" else Path(name).expanduser()
     if path is None:
         raise CheckpointError(
@@ -136,7 +125,7 @@ def _resolve(model) -> tuple[Path, str]:
     if not name or not path.is_dir():
         raise CheckpointError(f"没有这个模型 [unknown model]：{name!r}。可选 auto、nano、6b，或一个模型目录的路径")
     check_checkpoint(path)
-    return path, reason
+    return path
 
 
 def gpu_gib() -> float:
@@ -147,7 +136,6 @@ def gpu_gib() -> float:
 
 
 def pick_device(device_map="auto") -> tuple[str | dict, str]:
-    """The `device_map` for transformers and the reason."""
     if device_map != "auto":
         return device_map or "cpu", "设备由你指定"
     if torch.cuda.is_available():
@@ -158,25 +146,18 @@ def pick_device(device_map="auto") -> tuple[str | dict, str]:
 
 
 def pick_dtype(dtype, device: str | dict, path: Path) -> tuple[torch.dtype, str]:
-    """The dtype for a model on a device and the reason.
-
-    Raises:
-        HelpersError: an unknown dtype.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype, "dtype 由你指定"
+    """The dtype for a model on a device and the reason; `HelpersError` for an unknown dtype."""
     if dtype != "auto":
-        if dtype not in DTYPES:
+        if not isinstance(chosen := DTYPES.get(dtype, dtype), torch.dtype):
             raise HelpersError(f"不认识的 dtype [unknown dtype]：{dtype!r}，可选 auto、{'、'.join(DTYPES)}")
-        return DTYPES[dtype], "dtype 由你指定"
+        return chosen, "dtype 由你指定"
     kinds = {str(place) for place in (device.values() if isinstance(device, dict) else [device])}
-    if kinds == {"cpu"}:
-        size = sum(file.stat().st_size for file in weight_files(path))
-        if size < SMALL_CHECKPOINT_BYTES:
-            return torch.float32, "CPU 上的小模型用 float32：最精确，内存也够"
-        return torch.bfloat16, "CPU 上的大模型用 bfloat16：float32 要两倍内存"
     if kinds == {"mps"}:
         return torch.float16, "Apple GPU 用 float16"
+    if kinds == {"cpu"}:
+        if sum(file.stat().st_size for file in weight_files(path)) < SMALL_CHECKPOINT_BYTES:
+            return torch.float32, "CPU 上的小模型用 float32：最精确，内存也够"
+        return torch.bfloat16, "CPU 上的大模型用 bfloat16：float32 要两倍内存"
     # The model may be spread over all GPUs: the oldest decides.
     if all(torch.cuda.get_device_capability(i)[0] >= 8 for i in range(torch.cuda.device_count())):
         return torch.bfloat16, "GPU 原生支持 bfloat16，权重也是以 bfloat16 保存的"

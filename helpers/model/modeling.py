@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, GlmConfig, GlmForCausalLM
 
 from ..errors import UnsupportedConfigError
-from .checkpoint import check_checkpoint, check_loaded_weights, unusable_weights
+from .checkpoint import WRONG_SHAPE, check_checkpoint, check_loaded_weights, unusable_weights
 from .compat import Split, WeightConverter, WeightRenaming, register_checkpoint_conversion_mapping
 
 MODEL_TYPE = "chatglm"
@@ -47,11 +47,7 @@ UNSUPPORTED_HINTS = {
 
 
 class CharacterGLMConfig(GlmConfig):
-    """`GlmConfig` that reads CharacterGLM's original `config.json`. Defaults are those of CharacterGLM-6B.
-
-    Raises:
-        UnsupportedConfigError: a setting cannot be honoured (see `REQUIRED_SETTINGS`).
-    """
+    """`GlmConfig` that reads CharacterGLM's original `config.json`. Defaults are those of CharacterGLM-6B."""
 
     model_type = MODEL_TYPE
     attribute_map = {
@@ -76,8 +72,7 @@ class CharacterGLMConfig(GlmConfig):
         check_settings(kwargs)
         kwargs.pop("auto_map", None)  # remote code has no part in this, nor in what is saved
         # The ChatGLM family stretches the rotary base for long contexts: rope_ratio 1 is the usual base of 10,000.
-        ratio = kwargs.get("rope_ratio")
-        kwargs.setdefault("rope_theta", 10000.0 * (1.0 if ratio is None else ratio))
+        kwargs.setdefault("rope_theta", 10000.0 * (kwargs.get("rope_ratio") or 1))
         super().__post_init__(**kwargs)
         if kwargs.get("multi_query_attention") is False:  # every query head has keys and values of its own
             self.num_key_value_heads = self.num_attention_heads
@@ -86,15 +81,14 @@ class CharacterGLMConfig(GlmConfig):
 def check_settings(settings: dict) -> None:
     """Raise `UnsupportedConfigError` for the first setting that GLM would silently ignore or that makes no sense."""
     for name, required in REQUIRED_SETTINGS.items():
-        value = settings.get(name, required)
+        value = settings.get(name)
         if value is not None and value != required:
             hint = UNSUPPORTED_HINTS.get(name, "请使用 CharacterGLM-6B 的原始 config.json")
             raise UnsupportedConfigError(
                 f"config.json 里的 {name}={value!r} 无法支持 [unsupported setting]，只支持 {required!r}。{hint}。"
             )
-    ratio = settings.get("rope_ratio")
-    is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-    if ratio is not None and not (is_number and 0 < ratio < math.inf):
+    ratio = settings.get("rope_ratio", 1)
+    if ratio is not None and not (type(ratio) in (int, float) and 0 < ratio < math.inf):  # True is no number here
         raise UnsupportedConfigError(f"config.json 里的 rope_ratio={ratio!r} 没有意义 [invalid rope_ratio]，应为正数")
 
 
@@ -107,12 +101,9 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As in transformers, but damaged files and missing weights are an error.
+        """As in transformers, but files missing or damaged, weights missing, unknown, or misshapen: `CheckpointError`.
 
         transformers only warns about missing weights and goes on with random numbers in their place.
-
-        Raises:
-            CheckpointError: files missing or damaged, weights missing, unknown, or of the wrong shape.
         """
         path = pretrained_model_name_or_path
         if path is not None and Path(path).is_dir() and kwargs.get("state_dict") is None:
@@ -149,10 +140,7 @@ def _one_clear_error(path):
         if "conversion of the weights" not in str(error):
             raise
         # The only conversion is the split of query_key_value, at the sizes that the config gives.
-        wrong = unusable_weights(
-            path, "权重的形状与 config.json 不符 [wrong shape]", "的 query_key_value 不能分成 q、k、v"
-        )
-        raise wrong from error
+        raise unusable_weights(path, WRONG_SHAPE, "的 query_key_value 不能分成 q、k、v") from error
     finally:
         log.setLevel(level)
 
@@ -161,8 +149,7 @@ def keep_quantised_layout(model) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference, which it does on CPUs with AVX512-BF16.
 
     Its `Linear4bit` (0.50) does so at the first forward without gradients, in place and for good: training after an
-    evaluation then fails ("a view of a leaf Variable that requires grad"), computation is in bfloat16 whatever the
-    dtype, and the way back rounds the scales. With this, a model computes and saves the same on every CPU.
+    evaluation then fails, computation is in bfloat16 whatever the dtype, and the way back rounds the scales.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -13,11 +13,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, TokenizersBackend
-from transformers.tokenization_utils_base import generate_merges
 
 from ..characters.personas import as_session_meta
-from ..errors import CheckpointError
-from .checkpoint import REDOWNLOAD
+from .checkpoint import damaged
+from .compat import generate_merges
 from .modeling import CharacterGLMConfig
 
 # Control tokens that follow the SentencePiece pieces, in this order (64789 ... 64793 in CharacterGLM-6B).
@@ -45,30 +44,19 @@ class ChatGLMTokenizer(TokenizersBackend):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers.
-
-        Raises:
-            CheckpointError: `tokenizer.model` is missing or damaged, or `tokenizer.json` is.
-        """
+        """As in transformers; `CheckpointError` if `tokenizer.model` is missing or damaged, or `tokenizer.json` is."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except json.JSONDecodeError as error:
             file = Path(pretrained_model_name_or_path) / "tokenizer.json"
-            raise CheckpointError(
-                f"tokenizer.json 不是有效的 JSON [invalid JSON]：{file}（{error}）。{REDOWNLOAD}"
-            ) from None
+            raise damaged(f"tokenizer.json 不是有效的 JSON [invalid JSON]（{error}）", file) from None
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
-        """Vocabulary and merges from `tokenizer.model`, or from `tokenizer.json` after `save_pretrained`.
-
-        Raises:
-            CheckpointError: neither file is there, or it is damaged, or of another model.
-        """
+        """Vocabulary and merges from `tokenizer.model`, or from `tokenizer.json` after `save_pretrained`."""
         file = kwargs.get("vocab_file") or kwargs.get("tokenizer_file")
         if file is None or not Path(file).is_file():
-            directory = kwargs.get("name_or_path", "")
-            raise CheckpointError(f"缺少文件 tokenizer.model [missing file]：{directory}。{REDOWNLOAD}")
+            raise damaged("缺少文件 tokenizer.model [missing file]", kwargs.get("name_or_path", ""))
         if kwargs.get("vocab_file"):
             kwargs["vocab"], kwargs["merges"] = read_sentencepiece(file)
             kwargs.pop("tokenizer_file", None)
@@ -76,7 +64,7 @@ class ChatGLMTokenizer(TokenizersBackend):
             kwargs = super().convert_to_native_format(**kwargs)
         vocab = kwargs.get("vocab") or {}
         if any(vocab.get(piece) != i for piece, i in FIXED_IDS.items()):
-            raise CheckpointError(f"这不是 CharacterGLM 的词表 [not CharacterGLM's tokenizer]：{file}。{REDOWNLOAD}")
+            raise damaged("这不是 CharacterGLM 的词表 [not CharacterGLM's tokenizer]", file)
         return kwargs
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], **kwargs):
@@ -84,9 +72,8 @@ class ChatGLMTokenizer(TokenizersBackend):
         # Old settings files spell these differently; the family has one fixed set.
         for name in ("unk_token", "bos_token", "eos_token", "pad_token", "additional_special_tokens", "auto_map"):
             kwargs.pop(name, None)
-        kwargs["extra_special_tokens"] = [
-            AddedToken(token, normalized=False, special=True) for token in APPENDED_TOKENS
-        ]
+        appended = [AddedToken(token, normalized=False, special=True) for token in APPENDED_TOKENS]
+        kwargs["extra_special_tokens"] = appended
         kwargs["split_special_tokens"] = True  # text never becomes a control token
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
         super().__init__(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>", **kwargs)
@@ -126,19 +113,11 @@ class ChatGLMTokenizer(TokenizersBackend):
         transformers tokenizes a rendered chat without special tokens, because its templates spell them out. Ours must
         not: the text of a user could then spell them too. So the prefix is asked of the tokenizer instead, and
         `sanitize_control_tokens` has nothing left to do.
-
-        Raises:
-            CharacterError: `session_meta` is missing or not valid.
-            ValueError: an empty conversation; jinja2.TemplateError: an unknown role.
         """
         kwargs.pop("sanitize_control_tokens", None)
-        return super().apply_chat_template(
-            conversation,
-            *args,
-            session_meta=as_session_meta(session_meta).model_dump(),
-            tokenizer_kwargs={"chat_prefix": True, **(tokenizer_kwargs or {})},
-            **kwargs,
-        )
+        kwargs["tokenizer_kwargs"] = {"chat_prefix": True, **(tokenizer_kwargs or {})}
+        meta = as_session_meta(session_meta).model_dump()
+        return super().apply_chat_template(conversation, *args, session_meta=meta, **kwargs)
 
 
 def read_sentencepiece(file) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -146,23 +125,17 @@ def read_sentencepiece(file) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
     Control, byte and unknown pieces are in the vocabulary but never the product of a merge: SentencePiece does not
     produce them from text that spells their names.
-
-    Raises:
-        CheckpointError: the file is damaged or not a SentencePiece model.
     """
     try:
         pieces = SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"tokenizer.model 已损坏 [invalid tokenizer.model]：{file}。{REDOWNLOAD}") from error
+        raise damaged("tokenizer.model 已损坏 [invalid tokenizer.model]", file) from error
     ids = list(range(len(pieces)))  # in one call each: one by one, 64,789 pieces take a tenth of a second
     names = pieces.id_to_piece(ids)
     vocab = dict(zip(names, ids))
-    not_text = {
-        name
-        for is_kind in (pieces.is_control, pieces.is_byte, pieces.is_unknown, pieces.is_unused)
-        for name, found in zip(names, is_kind(ids))
-        if found
-    }
+    not_text = set()
+    for is_kind in (pieces.is_control, pieces.is_byte, pieces.is_unknown, pieces.is_unused):
+        not_text |= {name for name, found in zip(names, is_kind(ids)) if found}
     return vocab, generate_merges(vocab, skip_tokens=not_text)
 
 
