@@ -9,14 +9,15 @@ from ..chat.fitting import context_length
 from ..chat.reply import Reply
 from ..chat.session import ChatSession
 from ..errors import BusyError
-from .bubbles import STYLE, bubbles, meter
-from .conversations import Conversations, change_persona
+from .bubbles import STYLE, bubbles, download_links, meter
+from .conversations import Conversations, change_persona, edit_last
 from .files import exported_files
 from .texts import DOUBLE_CLICK_SECONDS, error_text
 from .view import PanelView
 
 REFRESH_SECONDS = 0.1  # a growing reply is drawn this often; each time costs a message to the browser
 ENTER_SECONDS = 0.1
+ONCE = ("regenerate", "undo", "clear")  # buttons that ignore the second click of a double click
 
 
 class ChatPanel:
@@ -38,14 +39,7 @@ class ChatPanel:
         CharacterError: an unknown character; ChatError: a senseless parameter.
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        characters: dict[str, CharacterCard] | None = None,
-        character: str | None = None,
-        **generation,
-    ):
+    def __init__(self, model, tokenizer, characters=None, character: str | None = None, **generation):
         self.conversations = Conversations(model, tokenizer, characters, character, **generation)
         self.view = PanelView(self.conversations.names, self.conversations.name, context_length(model))
         self._drawing: threading.Thread | None = None
@@ -89,7 +83,6 @@ class ChatPanel:
     def edit(self, query: str | None = None, response: str | None = None) -> None:
         """Change either side of the last exchange."""
         self.session.edit(query, response)
-        self.view.close_editor()
         self.refresh()
 
     def clear(self) -> None:
@@ -105,7 +98,8 @@ class ChatPanel:
 
     def open(self, content: bytes) -> None:
         """Open an exported conversation or a card (JSON or PNG) beside the others, and show it."""
-        self._check_idle()
+        if self.session.draft is not None:
+            raise BusyError("正在生成回复 [busy]：请等它结束，或按“停止”")
         name = self.conversations.open(content)
         self.view.picker.options = self.conversations.names  # may pick the first
         self.view.picker.value = name
@@ -151,25 +145,24 @@ class ChatPanel:
 
     def _connect(self) -> None:
         view = self.view
-        for name in ("send", "stop"):
-            self._on_click(name, getattr(self, name))
-        for name in ("regenerate", "undo", "clear"):
-            self._on_click(name, getattr(self, name), once=True)
-        self._on_click("previous", lambda: self.swipe(-1))
-        self._on_click("next", lambda: self.swipe(1))
-        self._on_click("edit", self._open_editor)
-        self._on_click("save", self._save)
-        self._on_click("cancel", view.close_editor)
-        self._on_click("apply", self._apply_persona)
-        self._on_click("export", self._export)
+        actions = {name: getattr(self, name) for name in ("send", "stop", *ONCE)} | {
+            "previous": lambda: self.swipe(-1),
+            "next": lambda: self.swipe(1),
+            "edit": self._open_editor,
+            "save": self._save,
+            "cancel": view.close_editor,
+            "apply": self._apply_persona,
+            "export": self._export,
+        }
+        for name, action in actions.items():
+            view.buttons[name].on_click(self._clicked(action, once=name in ONCE))
         view.input.on_msg(self._entered)
         view.picker.observe(self._picked, "value")
         view.upload.observe(self._uploaded, "value")
         for slider in view.sliders.values():
             slider.observe(self._parameter_moved, "value")
 
-    def _on_click(self, name: str, action: Callable[[], None], once: bool = False) -> None:
-        """Let a button do something; `once` ignores the second click of a double click, which would undo twice."""
+    def _clicked(self, action: Callable[[], None], once: bool) -> Callable:
         last_click = float("-inf")
 
         def act(_):
@@ -178,7 +171,7 @@ class ChatPanel:
             if not once or last_click - before > DOUBLE_CLICK_SECONDS:
                 self._attempt(action)
 
-        self.view.buttons[name].on_click(act)
+        return act
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Do something for the reader; an exception in a widget's callback would vanish, so it is shown."""
@@ -223,21 +216,17 @@ class ChatPanel:
             self.view.upload.value = ()  # so that the same file can be chosen again
 
     def _open_editor(self) -> None:
-        self._check_idle()
-        if self.session.history:
-            self.view.open_editor(*self.session.history[-1])
+        self.session.edit()  # changes nothing, but refuses while a reply is written, or if there is nothing to edit
+        self.view.open_editor(*self.session.history[-1])
 
     def _save(self) -> None:
-        greeting = self.view.query.layout.display == "none"
-        self.edit(None if greeting else self.view.query.value, self.view.response.value)
+        edit_last(self.session, self.view.query.value, self.view.response.value)
+        self.view.close_editor()
+        self.refresh()
 
     def _apply_persona(self) -> None:
-        self.set_persona(self.view.card(getattr(self.session.session_meta, "source", "original")))
+        fields = {name: field.value for name, field in self.view.persona.items()}
+        self.set_persona(dict(self.session.session_meta) | fields)
 
     def _export(self) -> None:
-        self._check_idle()
-        self.view.show_links(exported_files(self.session))
-
-    def _check_idle(self) -> None:
-        if self.session.draft is not None:
-            raise BusyError("正在生成回复 [busy]：请等它结束，或按“停止”")
+        self.view.links.value = download_links(exported_files(self.session))

@@ -5,14 +5,14 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from ..characters.personas import MAX_FILE_BYTES, as_session_meta, get_character
+from ..characters.personas import MAX_FILE_BYTES, get_character
 from ..chat.fitting import ContextWarning
 from ..chat.generation import GenerationParameters
 from ..chat.session import ChatSession
@@ -69,19 +69,11 @@ def start(model="auto", character="苏梦远", *, loading=None, file=None, once=
     if content is not None:
         conversations.open(content)
         conversations.session.set_generation(**generation)
-    if once is not None:
-        answer_lines(conversations.session, [once], skip_blank=False)
-    elif sys.stdin.isatty() and sys.stdout.isatty():
+    if once is None and sys.stdin.isatty() and sys.stdout.isatty():
         TerminalChat(conversations).run()
-    else:
-        answer_lines(conversations.session, sys.stdin)
-
-
-def answer_lines(session: ChatSession, lines: Iterable[str], skip_blank: bool = True) -> None:
-    """Print the reply to each line, one reply a line. Raises as `ChatSession.send`."""
-    for line in lines:
-        if line.strip() or not skip_blank:
-            print(plain(session.send(line)), flush=True)
+        return
+    for line in [once] if once is not None else filter(str.strip, sys.stdin):
+        print(plain(conversations.session.send(line)), flush=True)
 
 
 class TerminalChat:
@@ -108,7 +100,6 @@ class TerminalChat:
 
     @property
     def session(self) -> ChatSession:
-        """The conversation shown."""
         return self.conversations.session
 
     def run(self) -> None:
@@ -116,8 +107,8 @@ class TerminalChat:
         with suppress(ImportError):
             import readline  # noqa: F401  # input() then has editing and a history
         self._show_conversation()
-        interrupted = False
-        while True:
+        going_on, interrupted = True, False
+        while going_on:
             try:
                 going_on = self.enter(input(f"{plain(self.session.session_meta.user_name)}："))
                 interrupted = False
@@ -127,8 +118,6 @@ class TerminalChat:
                 going_on, interrupted = not interrupted, True
                 self.console.line()
                 self._print("再按一次 Ctrl-C 离开，或输入 /exit [press again to leave]", style="dim")
-            if not going_on:
-                return
 
     def enter(self, line: str) -> bool:
         """Do what one line says, a message or a command; False if it is time to leave. Shows errors, raises none."""
@@ -157,25 +146,29 @@ class TerminalChat:
             self._print("、".join(self.conversations.names))
 
     def _persona(self, change: str) -> None:
-        fields = self.session.session_meta.model_dump()
+        fields = dict(self.session.session_meta)
         name, _, text = change.partition(" ")
         if name and name not in fields:
             raise ChatError(f"人设没有这个字段 [unknown field]：{name}，可选：{'、'.join(fields)}")
         if name:
             fields[name] = text.strip()
-            change_persona(self.session, as_session_meta(fields))
+            change_persona(self.session, fields)
         for field, value in fields.items():
             self._print(f"{field}：{value}")
 
     def _set(self, change: str) -> None:
-        name, _, text = change.partition(" ")
+        name, _, value = change.partition(" ")
         if name:
-            value = text
             with suppress(ValueError):  # no parameter is a text: it is refused with the name of the parameter
-                value = json.loads(text)
+                value = json.loads(value)
             self.session.set_generation(**{name: value})
         values = self.session.parameters.model_dump(exclude_none=True)
         self._print("  ".join(f"{name}={value}" for name, value in values.items()))
+
+    def _swipe(self, step: int) -> None:
+        self.session.swipe(step)
+        self._show_exchange(self.session.history[-1])
+        self._print(f"{self.session.alternative + 1}/{len(self.session.alternatives)}", style="dim")
 
     def _edit(self, change: str) -> None:
         side, _, text = change.partition(" ")
@@ -217,11 +210,6 @@ class TerminalChat:
                 shown = text
         self._print("")
         self._print(meter_text(self.session), style="dim")
-
-    def _swipe(self, step: int) -> None:
-        self.session.swipe(step)
-        self._show_exchange(self.session.history[-1])
-        self._print(f"{self.session.alternative + 1}/{len(self.session.alternatives)}", style="dim")
 
     def _show_conversation(self) -> None:
         name = self.session.session_meta.bot_name

@@ -2,10 +2,9 @@
 
 import ipywidgets as widgets
 
-from ..characters.personas import SessionMeta, as_session_meta
 from ..chat.session import ChatSession
-from .bubbles import STYLE, bubbles, download_link, meter, notice
-from .texts import PERSONA_FIELDS, SLIDERS, label
+from .bubbles import STYLE, bubbles, meter, notice
+from .texts import PERSONA_FIELDS, SLIDERS, label, slider_values
 
 FULL = {"style": {"description_width": "130px"}, "layout": widgets.Layout(width="98%")}
 # Key: (label, icon, tooltip, colour).
@@ -26,13 +25,7 @@ BUTTONS = {
 
 
 class PanelView:
-    """The widgets of a `ChatPanel`, which decides what they do.
-
-    Args:
-        names: the conversations to pick from.
-        picked: the one picked.
-        context: the model's context length in tokens.
-    """
+    """The widgets of a `ChatPanel`, which decides what they do; `context` is the model's length in tokens."""
 
     def __init__(self, names: list[str], picked: str, context: int):
         self.context = context
@@ -122,34 +115,22 @@ class PanelView:
         self.picker.disabled = self.upload.disabled = busy
 
     def show_settings(self, session: ChatSession) -> None:
-        """Fill the persona form and move the sliders, even beyond their usual range."""
         for name, field in self.persona.items():
             field.value = getattr(session.session_meta, name, "")
-        parameters = session.parameters
-        for name, slider in self.sliders.items():
-            value = getattr(parameters, name) or self.context
-            slider.min, slider.max = min(slider.min, value), max(slider.max, value)
-            slider.value = value
-
-    def card(self, source: str) -> SessionMeta:
-        """What the persona form holds; `CharacterError` names the field at fault."""
-        return as_session_meta({name: field.value for name, field in self.persona.items()} | {"source": source})
-
-    def show_links(self, files: dict[str, bytes]) -> None:
-        """Offer files for download."""
-        self.links.value = " ".join(download_link(name, content) for name, content in files.items())
+        for name, (value, low, high) in slider_values(session, self.context).items():
+            slider = self.sliders[name]
+            slider.min, slider.max, slider.value = low, high, value
 
     def show_error(self, text: str) -> None:
-        """Show a problem below the conversation; an empty text takes it away."""
+        """A problem below the conversation; an empty text takes it away."""
         self.status.value = notice(text, "error")
         self.status.layout.display = "" if text else "none"
 
     def open_editor(self, query: str, response: str) -> None:
-        """Show both sides of an exchange, to be changed; a greeting has no query to change."""
+        """Both sides of an exchange, to be changed; a greeting has no query to change."""
         self.query.value, self.response.value = query, response
         self.query.layout.display = "" if query else "none"
         self.editor.layout.display = ""
 
     def close_editor(self) -> None:
-        """Hide the form again."""
         self.editor.layout.display = "none"

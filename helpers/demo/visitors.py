@@ -15,22 +15,18 @@ MAX_CACHES = 8  # conversations that keep their KV cache: that of a 6B conversat
 
 
 class Visitors:
-    """Finds a browser's conversations again by the id it keeps.
-
-    Args:
-        make: makes the conversations of a new visitor.
-    """
+    """Finds a browser's conversations again by the id it keeps; `make` makes those of a new visitor."""
 
     def __init__(self, make: Callable[[], Conversations]):
         self.make = make
         self._visitors: OrderedDict[str, Conversations] = OrderedDict()  # least recently seen first
-        self._cached: OrderedDict[int, ChatSession] = OrderedDict()  # least recently used first
+        self._cached: OrderedDict[ChatSession, None] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
     def get(self, key: str) -> tuple[str, Conversations]:
         """The conversations of this id; for an unknown one new ones and a new id, as nobody may choose their own."""
         with self._lock:
-            if not isinstance(key, str) or key not in self._visitors:
+            if key not in self._visitors:
                 key = secrets.token_urlsafe(16)
                 self._visitors[key] = self.make()
             self._visitors.move_to_end(key)
@@ -41,9 +37,9 @@ class Visitors:
     def keep_cache(self, session: ChatSession) -> None:
         """Called with a session that writes: the ones used last keep their KV cache, the others give it back."""
         with self._lock:
-            self._cached[id(session)] = session
-            self._cached.move_to_end(id(session))
-            for oldest in list(self._cached.values())[:-MAX_CACHES]:
+            self._cached[session] = None
+            self._cached.move_to_end(session)
+            for oldest in list(self._cached)[:-MAX_CACHES]:
                 with suppress(BusyError):  # then it stays, until the next reply of somebody
                     oldest.free_cache()
-                    del self._cached[id(oldest)]
+                    del self._cached[oldest]

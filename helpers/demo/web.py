@@ -1,8 +1,10 @@
 """The web face of the demo: a Gradio page on one model, in this process (`launch`), or on a FastAPI app (`mount`)."""
 
+import atexit
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import gradio as gr
 import uvicorn
@@ -14,8 +16,6 @@ from ..model.loading import load
 from ..network import DEFAULT_PORT, is_loopback, listen
 from .web_chat import WebChat
 from .web_view import HEAD, THEME
-
-PASSWORD_VARIABLE = "CHARACTERGLM_DEMO_PASSWORD"
 
 
 def mount(
@@ -58,29 +58,23 @@ def mount(
 
 
 class WebDemo:
-    """A running page, in a thread of this process. `url` is where; `stop` ends it."""
+    """A running page, in a thread of this process. `url` is where; `stop`, or leaving a `with`, ends it."""
 
     def __init__(self, app: FastAPI, listener: socket.socket):
-        host, self.port = listener.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
-        # "critical": an open page keeps a connection, whose end at `stop` uvicorn would report as an error.
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        self.url, self.port = _url(listener), listener.getsockname()[1]
+        self._server = _server(app)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="web demo", daemon=True)
         self._thread.start()
+        # A thread that is still inside the tokenizer when the interpreter ends would abort the process.
+        atexit.register(self.stop)
         while not self._server.started and self._thread.is_alive():
             time.sleep(0.05)
-
-    def wait(self) -> None:
-        """Return when it has ended; Ctrl-C ends it."""
-        try:
-            self._thread.join()
-        except KeyboardInterrupt:
-            self.stop()
 
     def stop(self) -> None:
         """End it, and free the port."""
         self._server.should_exit = True
         self._thread.join()
+        atexit.unregister(self.stop)
 
     def __enter__(self) -> "WebDemo":
         return self
@@ -112,23 +106,38 @@ def serve(
 ) -> None:
     """`python -m helpers demo`: load a model (`loading`: see `helpers.load`) and serve the page until Ctrl-C."""
     check_password(host, password, insecure)
-    listen(host, port).close()  # a taken port is said before the model is loaded, which may take a minute
-    demo = launch(*load(model, **loading or {}), host=host, port=port, password=password, insecure=insecure, **options)
-    print(f"网页已启动，Ctrl-C 停止 [serving]：{demo.url}", flush=True)
-    demo.wait()
+    with listen(host, port) as listener:  # a taken port is said before the model is loaded, which may take a minute
+        app = mount(FastAPI(openapi_url=None), *load(model, **loading or {}), "/", password=password, **options)
+        # In this thread, which so returns only when all is shut down: waiting for a `WebDemo` would not do, as in Python
+        # 3.11 a `Thread.join` that Ctrl-C interrupts takes the thread for ended.
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after the end
+            print(f"网页已启动，Ctrl-C 停止 [serving]：{_url(listener)}", flush=True)
+            _server(app).run([listener])
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _server(app: FastAPI) -> uvicorn.Server:
+    # "critical": an open page keeps a connection, whose end uvicorn would report as an error.
+    return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
 
 
 def check_password(host: str, password: str | None, insecure: bool) -> None:
     """`HelpersError` if other machines could come in without a password, unless the user insists."""
-    if _credentials(password) is None and not insecure and not is_loopback(host):
+    if not _credentials(password) and not insecure and not is_loopback(host):
         raise HelpersError(
             f"绑定 {host} 会让别的机器也能访问，需要密码 [password required]：加 --password USER:PASSWORD，或设环境变量 "
-            f"{PASSWORD_VARIABLE}；确实要对所有人开放就加 --insecure"
+            "CHARACTERGLM_DEMO_PASSWORD；确实要对所有人开放就加 --insecure"
         )
 
 
 def _credentials(password: str | None) -> tuple[str, str] | None:
-    user, colon, secret = (password or "").partition(":")
-    if password and not (user and secret):
+    if not password:
+        return None
+    user, _, secret = password.partition(":")
+    if not (user and secret):
         raise HelpersError("密码的写法是 USER:PASSWORD [malformed password]：两边都不能为空")
-    return (user, secret) if colon else None
+    return user, secret
