@@ -17,7 +17,6 @@ from .view import PanelView
 
 REFRESH_SECONDS = 0.1  # a growing reply is drawn this often; each time costs a message to the browser
 ENTER_SECONDS = 0.1
-ONCE = ("regenerate", "undo", "clear")  # buttons that ignore the second click of a double click
 
 
 class ChatPanel:
@@ -43,13 +42,13 @@ class ChatPanel:
         self.conversations = Conversations(model, tokenizer, characters, character, **generation)
         self.view = PanelView(self.conversations.names, self.conversations.name, context_length(model))
         self._drawing: threading.Thread | None = None
+        self._clicked = float("-inf")  # when
         self._showing = False  # whether sliders move because a conversation is being shown
         self._connect()
         self._show_conversation()
 
     @property
     def session(self) -> ChatSession:
-        """The conversation shown."""
         return self.conversations.session
 
     def send(self, text: str | None = None, block: bool = False) -> None:
@@ -66,7 +65,6 @@ class ChatPanel:
         self._follow(self.session.begin_again(), block)
 
     def stop(self) -> None:
-        """End the reply being written; what there is of it is kept."""
         self.session.stop()
 
     def swipe(self, step: int) -> None:
@@ -81,20 +79,18 @@ class ChatPanel:
         self.refresh()
 
     def edit(self, query: str | None = None, response: str | None = None) -> None:
-        """Change either side of the last exchange."""
         self.session.edit(query, response)
+        self.view.close_editor()
         self.refresh()
 
     def clear(self) -> None:
-        """Begin this conversation anew."""
         self.session.clear()
         self.refresh()
 
     def set_persona(self, card: CharacterCard) -> None:
         """Go on under another persona. Before the first message its greeting is shown, too."""
         change_persona(self.session, card)
-        self._show_settings()
-        self.refresh()
+        self._show_conversation()
 
     def open(self, content: bytes) -> None:
         """Open an exported conversation or a card (JSON or PNG) beside the others, and show it."""
@@ -145,7 +141,12 @@ class ChatPanel:
 
     def _connect(self) -> None:
         view = self.view
-        actions = {name: getattr(self, name) for name in ("send", "stop", *ONCE)} | {
+        actions = {
+            "send": self.send,
+            "stop": self.stop,
+            "regenerate": lambda: self._once(self.regenerate),
+            "undo": lambda: self._once(self.undo),
+            "clear": lambda: self._once(self.clear),
             "previous": lambda: self.swipe(-1),
             "next": lambda: self.swipe(1),
             "edit": self._open_editor,
@@ -155,23 +156,18 @@ class ChatPanel:
             "export": self._export,
         }
         for name, action in actions.items():
-            view.buttons[name].on_click(self._clicked(action, once=name in ONCE))
+            view.buttons[name].on_click(lambda _, action=action: self._attempt(action))
         view.input.on_msg(self._entered)
         view.picker.observe(self._picked, "value")
         view.upload.observe(self._uploaded, "value")
         for slider in view.sliders.values():
             slider.observe(self._parameter_moved, "value")
 
-    def _clicked(self, action: Callable[[], None], once: bool) -> Callable:
-        last_click = float("-inf")
-
-        def act(_):
-            nonlocal last_click
-            before, last_click = last_click, time.monotonic()
-            if not once or last_click - before > DOUBLE_CLICK_SECONDS:
-                self._attempt(action)
-
-        return act
+    def _once(self, action: Callable[[], None]) -> None:
+        """Ignore the second click of a double click, which would undo twice."""
+        before, self._clicked = self._clicked, time.monotonic()
+        if self._clicked - before > DOUBLE_CLICK_SECONDS:
+            action()
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Do something for the reader; an exception in a widget's callback would vanish, so it is shown."""
@@ -186,24 +182,19 @@ class ChatPanel:
             threading.Timer(ENTER_SECONDS, self._attempt, [self.send]).start()
 
     def _picked(self, change) -> None:
-        if change.new == self.conversations.name:
-            return
         if self.session.draft is not None:  # the browser had not yet heard that it must wait
-            self.view.picker.value = change.old
-            return
-        self.conversations.show(change.new)
-        self._show_conversation()
+            self.view.picker.value = self.conversations.name
+        elif change.new != self.conversations.name:
+            self.conversations.show(change.new)
+            self._show_conversation()
 
     def _show_conversation(self) -> None:
         self.view.show_error("")
         self.view.close_editor()
-        self._show_settings()
-        self.refresh()
-
-    def _show_settings(self) -> None:
         self._showing = True
         self.view.show_settings(self.session)
         self._showing = False
+        self.refresh()
 
     def _parameter_moved(self, change) -> None:
         if not self._showing:

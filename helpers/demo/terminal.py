@@ -48,17 +48,12 @@ def plain(text: str) -> str:
 
 
 def start(model="auto", character="苏梦远", *, loading=None, file=None, once=None, **generation) -> None:
-    """Load a model and chat: at a prompt if both ends are a terminal, else a reply for every line of the input.
+    """`python -m helpers chat`: at a prompt if both ends are a terminal, else a reply for every line of the input.
 
     Args:
-        model, loading: see `helpers.load`, and its further arguments: adapter, quantization, compile.
-        character: name of a shipped card.
-        file: an exported conversation or a card to open instead.
+        model, loading: for `helpers.load`.
+        file: an exported conversation or a card to open; `generation` goes before what it brings.
         once: answer only this.
-        **generation: see `GenerationParameters`; they go before those of an exported conversation.
-
-    Raises:
-        HelpersError: an argument makes no sense, or, in a pipe, a line cannot be answered.
     """
     sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal's encoding lacks
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused by the session, by name
@@ -92,9 +87,9 @@ class TerminalChat:
             "/prev": lambda _: self._swipe(-1),
             "/undo": lambda _: self._print(f"撤回了 [undone]：{self.session.undo()}", style="dim"),
             "/edit": self._edit,
-            "/clear": self._clear,
+            "/clear": lambda _: (self.session.clear(), self._show_conversation()),
             "/save": self._save,
-            "/load": self._load,
+            "/load": lambda name: (self.conversations.open(_read(name)), self._show_conversation()),
             "/help": lambda _: [self._print(line) for line in HELP.splitlines()],
         }
 
@@ -177,10 +172,6 @@ class TerminalChat:
         self.session.edit(**{"query" if side == "query" else "response": text.strip()})
         self._show_exchange(self.session.history[-1])
 
-    def _clear(self, _) -> None:
-        self.session.clear()
-        self._show_conversation()
-
     def _save(self, name: str) -> None:
         path = _path(name)
         content = exported_file(self.session, path.name)
@@ -193,22 +184,18 @@ class TerminalChat:
             raise ChatError(f"写不了这个文件 [cannot write file]：{path}（{error.strerror}）") from None
         self._print(f"已保存 [saved]：{path}", style="dim")
 
-    def _load(self, name: str) -> None:
-        self.conversations.open(_read(name))
-        self._show_conversation()
-
     # --- what is on the screen
 
     def _write(self, texts: Iterator[str]) -> None:
         """Print a reply while it grows. Ctrl-C ends it within one token."""
-        with _ctrl_c_calls(self.session.stop), closing(texts), warnings.catch_warnings():
+        with _on_ctrl_c(self.session.stop), closing(texts), warnings.catch_warnings():
             warnings.simplefilter("ignore", ContextWarning)  # the meter says it
             shown = next(texts)  # whatever is refused is refused here
             self._print(f"{self.session.session_meta.bot_name}：{shown}", end="")
             for text in texts:
                 self._print(text[len(shown) :], end="")
                 shown = text
-        self._print("")
+        self.console.line()
         self._print(meter_text(self.session), style="dim")
 
     def _show_conversation(self) -> None:
@@ -244,8 +231,8 @@ def _read(name: str) -> bytes:
 
 
 @contextmanager
-def _ctrl_c_calls(action):
-    """Ctrl-C calls `action` here, instead of raising KeyboardInterrupt wherever the program happens to be."""
+def _on_ctrl_c(action):
+    """Ctrl-C calls `action`, instead of raising KeyboardInterrupt wherever the program happens to be."""
     before = signal.signal(signal.SIGINT, lambda *_: action())
     try:
         yield

@@ -4,13 +4,13 @@ import atexit
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from ..characters.personas import MAX_FILE_BYTES, CharacterCard
+from ..characters.personas import MAX_FILE_BYTES
 from ..errors import HelpersError
 from ..model.loading import load
 from ..network import DEFAULT_PORT, is_loopback, listen
@@ -19,15 +19,7 @@ from .web_view import HEAD, THEME
 
 
 def mount(
-    app: FastAPI,
-    model,
-    tokenizer,
-    path: str = "/demo",
-    *,
-    password: str | None = None,
-    characters: dict[str, CharacterCard] | None = None,
-    language: str = "zh",
-    **generation,
+    app: FastAPI, model, tokenizer, path="/demo", *, password=None, characters=None, language="zh", **generation
 ) -> FastAPI:
     """Put the page on `app`, before the app starts.
 
@@ -42,22 +34,13 @@ def mount(
     """
     page = WebChat(model, tokenizer, characters, language, **generation).view.blocks
     page.queue(default_concurrency_limit=None)  # pages wait without a thread; the model takes turns itself
-    return gr.mount_gradio_app(
-        app,
-        page,
-        path,
-        auth=_credentials(password),
-        theme=THEME,
-        head=HEAD,
-        footer_links=[],
-        run_history=False,  # Gradio would keep all that was said in the browser
-        ssr_mode=False,
-        show_error=False,
-        max_file_size=MAX_FILE_BYTES,
-    )
+    looks = {"theme": THEME, "head": HEAD, "footer_links": [], "ssr_mode": False, "show_error": False}
+    limits = {"auth": _credentials(password), "max_file_size": MAX_FILE_BYTES}
+    # run_history: Gradio would keep all that was said in the browser.
+    return gr.mount_gradio_app(app, page, path, run_history=False, **looks, **limits)
 
 
-class WebDemo:
+class WebDemo(AbstractContextManager):
     """A running page, in a thread of this process. `url` is where; `stop`, or leaving a `with`, ends it."""
 
     def __init__(self, app: FastAPI, listener: socket.socket):
@@ -76,22 +59,16 @@ class WebDemo:
         self._thread.join()
         atexit.unregister(self.stop)
 
-    def __enter__(self) -> "WebDemo":
-        return self
-
     def __exit__(self, *exception) -> None:
         self.stop()
 
 
 def launch(
-    model, tokenizer, *, host="127.0.0.1", port=DEFAULT_PORT, password: str | None = None, insecure=False, **options
+    model, tokenizer, *, host="127.0.0.1", port=DEFAULT_PORT, password=None, insecure=False, **options
 ) -> WebDemo:
-    """Serve the page from this process, which goes on: a notebook's kernel keeps its model.
+    """Serve the page from this process, which goes on: a notebook's kernel keeps its model. `options` are for `mount`.
 
-    Args:
-        host: one that other machines can reach needs a `password`, or `insecure`.
-        port: 0 takes any free one.
-        **options: for `mount`.
+    A `host` that other machines can reach needs a `password`, or `insecure`. Port 0 takes any free one.
 
     Raises:
         HelpersError: the host needs a password, the port is taken, or as `mount`.
@@ -101,13 +78,11 @@ def launch(
     return WebDemo(app, listen(host, port))
 
 
-def serve(
-    model="auto", loading: dict | None = None, *, host: str, port: int, password: str | None, insecure: bool, **options
-) -> None:
+def serve(model, loading: dict, *, host: str, port: int, password: str | None, insecure: bool, **options) -> None:
     """`python -m helpers demo`: load a model (`loading`: see `helpers.load`) and serve the page until Ctrl-C."""
     check_password(host, password, insecure)
     with listen(host, port) as listener:  # a taken port is said before the model is loaded, which may take a minute
-        app = mount(FastAPI(openapi_url=None), *load(model, **loading or {}), "/", password=password, **options)
+        app = mount(FastAPI(openapi_url=None), *load(model, **loading), "/", password=password, **options)
         # In this thread, which so returns only when all is shut down: waiting for a `WebDemo` would not do, as in Python
         # 3.11 a `Thread.join` that Ctrl-C interrupts takes the thread for ended.
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after the end

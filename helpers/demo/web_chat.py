@@ -5,8 +5,12 @@ has its own choice of the character. Replies go on when their page is closed; th
 """
 
 import asyncio
+import secrets
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import gradio as gr
@@ -14,16 +18,17 @@ import gradio as gr
 from ..chat.fitting import context_length
 from ..chat.reply import Reply
 from ..chat.session import ChatSession
-from ..errors import ChatError, HelpersError
+from ..errors import BusyError, ChatError, HelpersError
 from .bubbles import download_links
 from .conversations import Conversations, change_persona, edit_last
 from .files import exported_files
 from .texts import DOUBLE_CLICK_SECONDS, error_text
-from .visitors import Visitors
 from .web_view import WebView
 
 GROWING_SECONDS = 0.1  # a growing reply is drawn this often
 STREAM_SECONDS = 5.0  # how soon the server notices that a tab has been closed
+MAX_VISITORS = 500  # the least recently seen is forgotten
+MAX_CACHES = 8  # conversations that keep their KV cache: that of a 6B conversation of 2,000 tokens takes 57 MB
 HIDDEN = {"show_progress": "hidden", "api_visibility": "undocumented"}
 
 
@@ -41,6 +46,37 @@ class Tab:
     @property
     def session(self) -> ChatSession:
         return self.conversations.sessions[self.name]
+
+
+class Visitors:
+    """Finds a browser's conversations again by the id it keeps; `make` makes those of a new visitor."""
+
+    def __init__(self, make: Callable[[], Conversations]):
+        self.make = make
+        self._visitors: OrderedDict[str, Conversations] = OrderedDict()  # least recently seen first
+        self._cached: OrderedDict[ChatSession, None] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> tuple[str, Conversations]:
+        """The conversations of this id; for an unknown one new ones and a new id, as nobody may choose their own."""
+        with self._lock:
+            if key not in self._visitors:
+                key = secrets.token_urlsafe(16)
+                self._visitors[key] = self.make()
+            self._visitors.move_to_end(key)
+            if len(self._visitors) > MAX_VISITORS:
+                self._visitors.popitem(last=False)
+            return key, self._visitors[key]
+
+    def keep_cache(self, session: ChatSession) -> None:
+        """Called with a session that writes: the ones used last keep their KV cache, the others give it back."""
+        with self._lock:
+            self._cached[session] = None
+            self._cached.move_to_end(session)
+            for oldest in list(self._cached)[:-MAX_CACHES]:
+                with suppress(BusyError):  # then it stays, until the next reply of somebody
+                    oldest.free_cache()
+                    del self._cached[oldest]
 
 
 class WebChat:
@@ -64,12 +100,11 @@ class WebChat:
     def _draw_all(self, tab: Tab) -> dict:
         return {**self.view.settings(tab.name, tab.conversations.names, tab.session), **self._draw(tab)}
 
-    async def _follow(self, tab: Tab, first: dict) -> AsyncIterator[dict]:
-        """Draw `first`, then a reply while it grows, for as long as the tab shows it."""
+    async def _follow(self, tab: Tab) -> AsyncIterator[dict]:
+        """Draw a reply while it grows, for as long as the tab shows it."""
         session = tab.session
         tab.followed += 1
         try:
-            yield first
             while (draft := session.draft) is not None and tab.session is session:
                 yield self.view.growing(session, draft)
                 await asyncio.sleep(GROWING_SECONDS)
@@ -77,35 +112,36 @@ class WebChat:
         finally:
             tab.followed -= 1
 
-    # --- what the reader does; each takes the tab first and returns what changes on the page, or what `_follow` gives
+    # --- what the reader does; each takes the tab first and returns what changes on the page, or None to draw it again
 
-    def _open(self, key: str) -> AsyncIterator[dict]:
+    async def _open(self, key: str) -> AsyncIterator[dict]:
         key, conversations = self.visitors.get(key)
         tab = Tab(conversations, conversations.name)
         known = {self.view.visitor: key, self.view.tab: tab, self.view.clock: gr.Timer(active=True)}
-        return self._follow(tab, {**known, **self._draw_all(tab)})
+        yield {**known, **self._draw_all(tab)}
+        async for changes in self._follow(tab):
+            yield changes
 
-    def _send(self, tab: Tab, text: str) -> AsyncIterator[dict]:
+    def _send(self, tab: Tab, text: str) -> dict:
         if not text.strip():  # the second click of two
-            return self._follow(tab, gr.skip())
+            return gr.skip()
         tab.sent = text, tab.session.begin(text)
         self.visitors.keep_cache(tab.session)
-        return self._follow(tab, {self.view.box: "", **self._draw(tab)})
+        return {self.view.box: "", **self._draw(tab)}
 
     def _restore(self, tab: Tab, text: str) -> dict:
         """Put what could not be answered back into the box, unless something new is written there."""
         (unsent, reply), tab.sent = tab.sent or ("", None), None
         return {self.view.box: text or unsent} if reply and reply.error else gr.skip()
 
-    def _regenerate(self, tab: Tab) -> AsyncIterator[dict]:
+    def _regenerate(self, tab: Tab) -> None:
         tab.session.begin_again()
         self.visitors.keep_cache(tab.session)
-        return self._follow(tab, self._draw(tab))
 
-    def _pick(self, tab: Tab, name: str) -> AsyncIterator[dict]:
+    def _pick(self, tab: Tab, name: str) -> dict:
         tab.conversations.show(name)
         tab.name = name
-        return self._follow(tab, self._draw_all(tab))
+        return self._draw_all(tab)
 
     def _tick(self, tab: Tab) -> dict:
         """Draw what was said in another tab.
@@ -151,37 +187,55 @@ class WebChat:
         view = self.view
         components = [each for each in view.blocks.blocks.values() if isinstance(each, gr.Component)]
         self._everything = [*components, view.editor]
-        view.blocks.load(self._growing(self._open), view.visitor, self._everything, api_name="open", **HIDDEN)
+        view.blocks.load(self._open, view.visitor, self._everything, api_name="open", **HIDDEN)
         view.blocks.load(_hold_stream, None, None, api_name="stream", **HIDDEN)
-        sent = gr.on([view.box.submit, view.buttons["send"].click], **self._event("send", self._send, view.box))
+        sent = gr.on(
+            [view.box.submit, view.buttons["send"].click], **self._event("send", self._send, view.box, follow=True)
+        )
         sent.then(**self._event("restore", self._restore, view.box))
         # "multiple": the last pick may still be following a reply.
-        view.picker.input(**self._event("pick", self._pick, view.picker, trigger_mode="multiple"))
+        view.picker.input(**self._event("pick", self._pick, view.picker, follow=True, trigger_mode="multiple"))
+        view.buttons["regenerate"].click(**self._event("regenerate", self._regenerate, follow=True))
         for name, action, *inputs in (
-            ("regenerate", self._regenerate),
             ("stop", lambda tab: tab.session.stop()),
             ("previous", lambda tab: tab.session.swipe(-1)),
             ("next", lambda tab: tab.session.swipe(1)),
             ("undo", self._undo, view.box),
             ("edit", self._edit),
             ("save", self._save, view.query, view.response),
+            ("cancel", lambda tab: {view.editor: gr.update(visible=False)}),
             ("clear", lambda tab: tab.session.clear()),
             ("apply", self._apply, *view.persona.values()),
             ("export", self._export),
         ):
             view.buttons[name].click(**self._event(name, action, *inputs))
-        view.buttons["cancel"].click(lambda: gr.update(visible=False), None, view.editor, api_visibility="private")
         view.buttons["upload"].upload(**self._event("import", self._import, view.buttons["upload"]))
         for name, slider in view.sliders.items():
             set_parameter = lambda tab, value, name=name: tab.session.set_generation(**{name: value})  # noqa: E731
             slider.input(**self._event(name, set_parameter, slider, trigger_mode="always_last"))
         view.clock.tick(**self._event("tick", self._tick, queue=False))
 
-    def _event(self, name: str, action: Callable, *inputs: gr.Component, **options) -> dict:
-        """Arguments for a Gradio event: `action` with the tab and the values of `inputs`."""
-        follows = action in (self._send, self._regenerate, self._pick)
+    def _event(self, name: str, action: Callable, *inputs: gr.Component, follow: bool = False, **options) -> dict:
+        """Arguments for a Gradio event: `action` with the tab and the values of `inputs`. Errors become a line."""
+
+        def act(tab, *values):
+            try:
+                if tab is None:
+                    raise ChatError("服务器重启过，这个页面过期了 [page expired]：请刷新页面")
+                changes = action(tab, *values)
+                return changes if isinstance(changes, dict) else self._draw(tab)
+            except Exception as error:
+                return self.view.error(error_text(error))
+
+        async def act_and_follow(tab, *values):
+            changes = act(tab, *values)
+            yield changes
+            if self.view.log in changes:  # neither refused nor empty
+                async for changes in self._follow(tab):
+                    yield changes
+
         return {
-            "fn": self._growing(action) if follows else self._once(action),
+            "fn": act_and_follow if follow else act,
             "inputs": [self.view.tab, *inputs],
             "outputs": self._everything,
             "api_name": name,
@@ -189,30 +243,6 @@ class WebChat:
             **HIDDEN,
             **options,
         }
-
-    def _once(self, action: Callable) -> Callable:
-        """`action`, but an error becomes a line on the page. What names no changes may have changed anything."""
-
-        def act(tab, *values):
-            try:
-                changes = action(_check_open(tab), *values)
-                return changes if isinstance(changes, dict) else self._draw(tab)
-            except Exception as error:
-                return self.view.error(error_text(error))
-
-        return act
-
-    def _growing(self, action: Callable) -> Callable:
-        """The same for an action whose reply is followed."""
-
-        async def act(tab, *values):
-            try:
-                async for changes in action(_check_open(tab), *values):
-                    yield changes
-            except Exception as error:
-                yield self.view.error(error_text(error))
-
-        return act
 
 
 async def _hold_stream() -> AsyncIterator[None]:
@@ -224,9 +254,3 @@ async def _hold_stream() -> AsyncIterator[None]:
     while True:
         yield
         await asyncio.sleep(STREAM_SECONDS)
-
-
-def _check_open(tab):
-    if tab is None:
-        raise ChatError("服务器重启过，这个页面过期了 [page expired]：请刷新页面")
-    return tab

@@ -56,9 +56,7 @@ class WebView:
                     self._add_settings()
 
     def _add_chat(self, names: list[str]) -> None:
-        self.picker = gr.Dropdown(
-            names, value=names[0], label=self.text("character"), filterable=False, elem_id="picker"
-        )
+        self.picker = gr.Dropdown(names, label=self.text("character"), filterable=False, elem_id="picker")
         with gr.Column(elem_classes="cg-scroll", elem_id="conversation"):
             self.draft = gr.HTML(elem_id="draft")  # first, because the column is turned over: it keeps the end in view
             self.log = gr.HTML(elem_id="log")
@@ -93,9 +91,8 @@ class WebView:
         with gr.Accordion(self.text("files"), open=False, elem_id="files"):
             self._add_buttons("export")
             self.links = gr.HTML(elem_classes="cg-links", elem_id="links")
-            self.buttons["upload"] = gr.UploadButton(
-                self.text("import"), type="binary", file_types=[".json", ".png"], size="md", elem_id="upload"
-            )
+            types = {"type": "binary", "file_types": [".json", ".png"]}
+            self.buttons["upload"] = gr.UploadButton(self.text("import"), size="md", elem_id="upload", **types)
 
     def _add_buttons(self, *names: str) -> None:
         for name in names:
@@ -127,8 +124,8 @@ class WebView:
             self.picker: gr.update(choices=names, value=name),
             **{box: getattr(session.session_meta, field, "") for field, box in self.persona.items()},
             **{
-                self.sliders[key]: gr.update(value=value, minimum=low, maximum=high)
-                for key, (value, low, high) in values.items()
+                self.sliders[key]: gr.update(value=v, minimum=low, maximum=high)
+                for key, (v, low, high) in values.items()
             },
             self.editor: gr.update(visible=False),
             self.links: "",
