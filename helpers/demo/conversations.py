@@ -13,6 +13,9 @@ class Conversations:
         characters: name to card; by default those of `data/characters.json`.
         name: who is shown first; by default the first of them.
         **generation: defaults for all conversations, see `GenerationParameters`.
+
+    Raises:
+        CharacterError: an unknown character; ChatError: a senseless parameter.
     """
 
     def __init__(self, model, tokenizer, characters=None, name: str | None = None, **generation):

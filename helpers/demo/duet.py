@@ -71,8 +71,8 @@ def _check(first: SessionMeta, second: SessionMeta, topic: str, turns: int) -> N
 
 def _facing(speaker: SessionMeta, other: SessionMeta, greeting: str = "") -> CharacterCard:
     """The persona of `speaker` when the other one is the user."""
-    as_user = {"user_name": other.bot_name, "user_info": other.bot_info}
-    return CharacterCard(bot_name=speaker.bot_name, bot_info=speaker.bot_info, greeting=greeting, **as_user)
+    me = {"bot_name": speaker.bot_name, "bot_info": speaker.bot_info, "greeting": greeting}
+    return CharacterCard(user_name=other.bot_name, user_info=other.bot_info, **me)
 
 
 def _reason_to_drop(reply: str, lines: list[tuple[str, str]]) -> str:

@@ -27,15 +27,7 @@ class ChatPanel:
     in the page: show it again after a reload, or twice side by side.
 
     The methods do what the buttons do, but raise where a button shows the error in the panel. With `block=True` a reply
-    is written before the method returns; until then the kernel hears no button.
-
-    Args:
-        characters: name to card; by default those of `data/characters.json`.
-        character: who is shown first; by default the first of them.
-        **generation: defaults for all conversations, see `GenerationParameters`.
-
-    Raises:
-        CharacterError: an unknown character; ChatError: a senseless parameter.
+    is written before the method returns; until then the kernel hears no button. Arguments as of `Conversations`.
     """
 
     def __init__(self, model, tokenizer, characters=None, character: str | None = None, **generation):

@@ -47,7 +47,7 @@ def plain(text: str) -> str:
     return _CONTROL.sub(lambda match: " " if match[0].isspace() else "\N{REPLACEMENT CHARACTER}", text)
 
 
-def start(model="auto", character="苏梦远", *, loading=None, file=None, once=None, **generation) -> None:
+def start(model, character: str, *, loading: dict, file=None, once=None, **generation) -> None:
     """`python -m helpers chat`: at a prompt if both ends are a terminal, else a reply for every line of the input.
 
     Args:
@@ -60,7 +60,7 @@ def start(model="auto", character="苏梦远", *, loading=None, file=None, once=
     GenerationParameters.check(generation)  # before a model is loaded, which may take a minute
     get_character(character)
     content = None if file is None else _read(file)
-    conversations = Conversations(*load(model, **loading or {}), name=character, **generation)
+    conversations = Conversations(*load(model, **loading), name=character, **generation)
     if content is not None:
         conversations.open(content)
         conversations.session.set_generation(**generation)
@@ -134,11 +134,11 @@ class TerminalChat:
     # --- commands
 
     def _character(self, name: str) -> None:
-        if name:
-            self.conversations.show(name)
-            self._show_conversation()
-        else:
+        if not name:
             self._print("、".join(self.conversations.names))
+            return
+        self.conversations.show(name)
+        self._show_conversation()
 
     def _persona(self, change: str) -> None:
         fields = dict(self.session.session_meta)
@@ -162,7 +162,7 @@ class TerminalChat:
 
     def _swipe(self, step: int) -> None:
         self.session.swipe(step)
-        self._show_exchange(self.session.history[-1])
+        self._show(self.session.history[-1:])
         self._print(f"{self.session.alternative + 1}/{len(self.session.alternatives)}", style="dim")
 
     def _edit(self, change: str) -> None:
@@ -170,7 +170,7 @@ class TerminalChat:
         if side not in ("query", "reply"):
             raise ChatError("写法 [usage]：/edit query 内容，或 /edit reply 内容")
         self.session.edit(**{"query" if side == "query" else "response": text.strip()})
-        self._show_exchange(self.session.history[-1])
+        self._show(self.session.history[-1:])
 
     def _save(self, name: str) -> None:
         path = _path(name)
@@ -201,12 +201,11 @@ class TerminalChat:
     def _show_conversation(self) -> None:
         name = self.session.session_meta.bot_name
         self._print(f"和 {name} 的对话，/help 列出命令 [/help lists the commands]", style="dim")
-        for entry in self.session.history:
-            self._show_exchange(entry)
+        self._show(self.session.history)
 
-    def _show_exchange(self, entry: list[str]) -> None:
+    def _show(self, history: list[list[str]]) -> None:
         names = (self.session.session_meta.user_name, self.session.session_meta.bot_name)
-        for name, text in zip(names, entry):
+        for name, text in [pair for entry in history for pair in zip(names, entry)]:
             if text:
                 self._print(f"{name}：{text}")
 

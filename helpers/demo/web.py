@@ -25,9 +25,8 @@ def mount(
 
     Args:
         password: "USER:PASSWORD" to ask for, or None. Gradio compares it in constant time.
-        characters: name to card; by default those of `data/characters.json`.
         language: "zh" or "en".
-        **generation: defaults for all conversations, see `GenerationParameters`.
+        characters, **generation: as of `Conversations`.
 
     Raises:
         HelpersError: an unknown language, no characters, a senseless parameter, or a password of another form.
@@ -48,8 +47,7 @@ class WebDemo(AbstractContextManager):
         self._server = _server(app)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="web demo", daemon=True)
         self._thread.start()
-        # A thread that is still inside the tokenizer when the interpreter ends would abort the process.
-        atexit.register(self.stop)
+        atexit.register(self.stop)  # a thread that is inside the tokenizer when the interpreter ends aborts the process
         while not self._server.started and self._thread.is_alive():
             time.sleep(0.05)
 

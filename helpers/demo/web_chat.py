@@ -49,7 +49,7 @@ class Tab:
 
 
 class Visitors:
-    """Finds a browser's conversations again by the id it keeps; `make` makes those of a new visitor."""
+    """Finds a browser's conversations again by the id it keeps; `make` makes those of a new one."""
 
     def __init__(self, make: Callable[[], Conversations]):
         self.make = make
@@ -144,11 +144,9 @@ class WebChat:
         return self._draw_all(tab)
 
     def _tick(self, tab: Tab) -> dict:
-        """Draw what was said in another tab.
-
-        What this tab did itself is drawn once more: events overtake each other on their way to the browser, and of
-        what arrives, an older state of the conversation must not be the last.
-        """
+        """Draw what was said in another tab."""
+        # What this tab did itself is drawn once more: events overtake each other on their way to the browser, and of
+        # what arrives, an older state of the conversation must not be the last.
         state = (tab.name, tab.session.draft, tab.session.export())
         if tab.followed or tab.drawn == state:
             return gr.skip()
@@ -246,11 +244,9 @@ class WebChat:
 
 
 async def _hold_stream() -> AsyncIterator[None]:
-    """An event of each tab that never ends, and so keeps the stream open on which answers come to the browser.
-
-    Gradio closes the stream with the last event under way. What is clicked in that moment was never answered, and its
-    button stayed dead.
-    """
+    """An event of each tab that never ends, and so keeps the stream open on which answers come to the browser."""
+    # Gradio closes the stream with the last event under way. What is clicked in that moment was never answered, and its
+    # button stayed dead.
     while True:
         yield
         await asyncio.sleep(STREAM_SECONDS)
