@@ -27,11 +27,12 @@ STYLE = """<style>
 def bubbles(session_meta: SessionMeta, history: list[list[str]]) -> list[str]:
     """One bubble of HTML a message, oldest first; an empty query (a greeting) and an empty reply have none."""
     sides = (("user", session_meta.user_name), ("bot", session_meta.bot_name))
-    return [_bubble(side, name, text) for entry in history for (side, name), text in zip(sides, entry) if text]
-
-
-def _bubble(side: str, name: str, text: str) -> str:
-    return f'<div class="cg-message cg-{side}"><div class="cg-name">{html.escape(name)}</div>{html.escape(text)}</div>'
+    return [
+        f'<div class="cg-message cg-{side}"><div class="cg-name">{html.escape(name)}</div>{html.escape(text)}</div>'
+        for entry in history
+        for (side, name), text in zip(sides, entry)
+        if text
+    ]
 
 
 def notice(text: str, kind: str = "small") -> str:
@@ -46,8 +47,11 @@ def meter(session: ChatSession, language: str = "zh") -> str:
     return f'<progress value="{used}" max="{limit}"></progress> {notice(meter_text(session, language))}'
 
 
-def download_link(name: str, content: bytes) -> str:
-    """A link that holds a whole file, so that no server has to offer it."""
-    kind = mimetypes.guess_type(name)[0] or "text/plain"
-    data = base64.b64encode(content).decode()
-    return f'<a download="{html.escape(name)}" href="data:{kind};base64,{data}">{html.escape(name)}</a>'
+def download_links(files: dict[str, bytes]) -> str:
+    """Links that hold whole files, so that no server has to offer them."""
+    links = []
+    for name, content in files.items():
+        kind = mimetypes.guess_type(name)[0] or "text/plain"
+        data = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+        links.append(f'<a download="{html.escape(name)}" href="{data}">{html.escape(name)}</a>')
+    return " ".join(links)

@@ -1,6 +1,6 @@
 """One person's conversations: one with each character, and those opened from files. Showing another loses none."""
 
-from ..characters.personas import CharacterCard, load_characters
+from ..characters.personas import load_characters
 from ..chat.session import ChatSession
 from ..errors import CharacterError
 from .files import open_file
@@ -18,14 +18,7 @@ class Conversations:
         CharacterError: an unknown character; ChatError: a senseless parameter.
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        characters: dict[str, CharacterCard] | None = None,
-        name: str | None = None,
-        **generation,
-    ):
+    def __init__(self, model, tokenizer, characters=None, name: str | None = None, **generation):
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
         self.characters = load_characters() if characters is None else characters
         self.sessions: dict[str, ChatSession] = {}  # those that were shown so far
@@ -33,7 +26,6 @@ class Conversations:
 
     @property
     def session(self) -> ChatSession:
-        """The session shown."""
         return self.sessions[self.name]
 
     @property
@@ -42,7 +34,6 @@ class Conversations:
         return list(dict.fromkeys([*self.characters, *self.sessions]))
 
     def show(self, name: str) -> None:
-        """Go to a conversation; `CharacterError` with the known names if there is none of this name."""
         if name not in self.names:
             raise CharacterError(f"没有叫 {name!r} 的角色 [unknown character]，可选：{'、'.join(self.names)}")
         if name not in self.sessions:
@@ -61,8 +52,14 @@ class Conversations:
         return name
 
 
-def change_persona(session: ChatSession, card: CharacterCard) -> None:
+def change_persona(session: ChatSession, persona) -> None:
     """Go on under another persona. Before the first message its greeting is said, too."""
-    session.set_persona(card)
+    session.set_persona(persona)
     if not any(query for query, _ in session.history):
         session.clear()
+
+
+def edit_last(session: ChatSession, query: str, response: str) -> None:
+    """Change both sides of the last exchange; a greeting has no query to change."""
+    is_greeting = session.history and not session.history[-1][0]
+    session.edit(None if is_greeting else query, response)

@@ -2,7 +2,6 @@
 
 import difflib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..characters.personas import CharacterCard, SessionMeta, as_session_meta
@@ -15,32 +14,20 @@ SAME = 0.8  # share of equal characters from which two lines count as one: two m
 
 @dataclass(frozen=True)
 class Duet:
-    """What two characters said, and why they stopped.
-
-    `session` is the conversation as the last speaker sees it; `session.export()` can be opened in every face of the
-    demo, where the reader takes the other one's part.
-    """
-
     lines: list[tuple[str, str]]  # (name, text), in order
     ended: str  # "turns", "goodbye", "repeated" or "empty"
-    session: ChatSession
+    session: (
+        ChatSession  # as the last speaker sees it: exported and opened again, the reader takes the other one's part
+    )
 
     def to_markdown(self) -> str:
-        """The transcript, a paragraph a line."""
         return self.session.to_markdown()
 
 
 def converse(
-    model,
-    tokenizer,
-    first: SessionMeta | dict,
-    second: SessionMeta | dict,
-    topic: str,
-    turns: int = 8,
-    on_line: Callable[[str, str], None] = lambda name, text: None,
-    **generation,
+    model, tokenizer, first, second, topic: str, turns: int = 8, on_line=lambda name, text: None, **generation
 ) -> Duet:
-    """Let `first` bring up `topic` and the two talk about it.
+    """Let the persona `first` bring up `topic`, and two characters talk about it.
 
     They stop after `turns` replies, after a goodbye, or before a reply that is empty or nearly repeats an earlier line.
 
@@ -61,7 +48,8 @@ def converse(
     lines = [(first.bot_name, line)]
     on_line(*lines[-1])
     for turn in range(turns):
-        reply = listener.send(line, **({"seed": generation["seed"] + turn} if "seed" in generation else {}))
+        seed = {"seed": generation["seed"] + turn} if "seed" in generation else {}
+        reply = listener.send(line, **seed)
         if problem := _reason_to_drop(reply, lines):
             return Duet(lines, problem, speaker)
         line, speaker, listener = reply, listener, speaker
@@ -83,8 +71,8 @@ def _check(first: SessionMeta, second: SessionMeta, topic: str, turns: int) -> N
 
 def _facing(speaker: SessionMeta, other: SessionMeta, greeting: str = "") -> CharacterCard:
     """The persona of `speaker` when the other one is the user."""
-    as_user = {"user_name": other.bot_name, "user_info": other.bot_info}
-    return CharacterCard(bot_name=speaker.bot_name, bot_info=speaker.bot_info, greeting=greeting, **as_user)
+    me = {"bot_name": speaker.bot_name, "bot_info": speaker.bot_info, "greeting": greeting}
+    return CharacterCard(user_name=other.bot_name, user_info=other.bot_info, **me)
 
 
 def _reason_to_drop(reply: str, lines: list[tuple[str, str]]) -> str:

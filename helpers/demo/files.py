@@ -8,48 +8,45 @@ from ..characters.personas import CharacterCard, parse_json_object
 from ..chat.session import ChatSession
 from ..errors import ChatError
 
-# Ending of the file name -> what is in the file; the longest ending that fits decides.
+# Ending of the file name: what is in the file. Of two that fit, the later one decides.
 EXPORTS = {
-    "_card.json": lambda session: _json(export_card_v2(_card(session))),
-    "_card.png": lambda session: export_card_png(_card(session)),
     ".json": lambda session: _json(session.export()),
     ".md": lambda session: session.to_markdown().encode(),
+    "_card.json": lambda session: _json(export_card_v2(_card(session))),
+    "_card.png": lambda session: export_card_png(_card(session)),
 }
 
 
 def exported_files(session: ChatSession) -> dict[str, bytes]:
     """File name to content: the conversation as JSON and Markdown, its character as a card V2 in JSON and PNG."""
     name = re.sub(r"[^\w-]+", "_", session.session_meta.bot_name)
-    return {name + ending: EXPORTS[ending](session) for ending in (".json", ".md", "_card.json", "_card.png")}
+    return {name + ending: export(session) for ending, export in EXPORTS.items()}
 
 
 def exported_file(session: ChatSession, name: str) -> bytes:
     """The content of a file of this name, whose ending says what is wanted; `ChatError` for other endings."""
-    for ending, export in EXPORTS.items():
+    for ending in reversed(EXPORTS):
         if name.endswith(ending):
-            return export(session)
+            return EXPORTS[ending](session)
     raise ChatError(f"不认识的文件类型 [unknown file type]：{name!r}。文件名以 {'、'.join(EXPORTS)} 结尾")
 
 
 def open_file(model, tokenizer, content: bytes, **generation) -> ChatSession:
     """A session from the content of a file: an exported conversation goes on, a character begins a new one.
 
-    A character is a card V2 (JSON or PNG), or a plain persona as it stands beside a fine-tuned adapter.
-
-    Args:
-        **generation: defaults for a new conversation; an exported one brings its own.
+    A character is a card V2 (JSON or PNG), or a plain persona as it stands beside a fine-tuned adapter. `generation`
+    is for a new conversation; an exported one brings its own.
 
     Raises:
         CharacterError, ChatError: not such a file, or damaged.
     """
-    if content.startswith(PNG_SIGNATURE):
-        return ChatSession(model, tokenizer, import_card_v2(content), **generation)
-    parsed = parse_json_object(content)
-    if "spec" in parsed:
-        return ChatSession(model, tokenizer, import_card_v2(parsed), **generation)
-    if "bot_name" in parsed:
-        return ChatSession(model, tokenizer, parsed, **generation)
-    return ChatSession.restore(model, tokenizer, parsed)
+    is_png = content.startswith(PNG_SIGNATURE)
+    found = content if is_png else parse_json_object(content)
+    if is_png or "spec" in found:
+        found = import_card_v2(found)
+    elif "bot_name" not in found:
+        return ChatSession.restore(model, tokenizer, found)
+    return ChatSession(model, tokenizer, found, **generation)
 
 
 def _card(session: ChatSession) -> CharacterCard:

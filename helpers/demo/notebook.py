@@ -9,8 +9,8 @@ from ..chat.fitting import context_length
 from ..chat.reply import Reply
 from ..chat.session import ChatSession
 from ..errors import BusyError
-from .bubbles import STYLE, bubbles, meter
-from .conversations import Conversations, change_persona
+from .bubbles import STYLE, bubbles, download_links, meter
+from .conversations import Conversations, change_persona, edit_last
 from .files import exported_files
 from .texts import DOUBLE_CLICK_SECONDS, error_text
 from .view import PanelView
@@ -27,35 +27,20 @@ class ChatPanel:
     in the page: show it again after a reload, or twice side by side.
 
     The methods do what the buttons do, but raise where a button shows the error in the panel. With `block=True` a reply
-    is written before the method returns; until then the kernel hears no button.
-
-    Args:
-        characters: name to card; by default those of `data/characters.json`.
-        character: who is shown first; by default the first of them.
-        **generation: defaults for all conversations, see `GenerationParameters`.
-
-    Raises:
-        CharacterError: an unknown character; ChatError: a senseless parameter.
+    is written before the method returns; until then the kernel hears no button. Arguments as of `Conversations`.
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        characters: dict[str, CharacterCard] | None = None,
-        character: str | None = None,
-        **generation,
-    ):
+    def __init__(self, model, tokenizer, characters=None, character: str | None = None, **generation):
         self.conversations = Conversations(model, tokenizer, characters, character, **generation)
         self.view = PanelView(self.conversations.names, self.conversations.name, context_length(model))
         self._drawing: threading.Thread | None = None
+        self._clicked = float("-inf")  # when
         self._showing = False  # whether sliders move because a conversation is being shown
         self._connect()
         self._show_conversation()
 
     @property
     def session(self) -> ChatSession:
-        """The conversation shown."""
         return self.conversations.session
 
     def send(self, text: str | None = None, block: bool = False) -> None:
@@ -72,7 +57,6 @@ class ChatPanel:
         self._follow(self.session.begin_again(), block)
 
     def stop(self) -> None:
-        """End the reply being written; what there is of it is kept."""
         self.session.stop()
 
     def swipe(self, step: int) -> None:
@@ -87,25 +71,23 @@ class ChatPanel:
         self.refresh()
 
     def edit(self, query: str | None = None, response: str | None = None) -> None:
-        """Change either side of the last exchange."""
         self.session.edit(query, response)
         self.view.close_editor()
         self.refresh()
 
     def clear(self) -> None:
-        """Begin this conversation anew."""
         self.session.clear()
         self.refresh()
 
     def set_persona(self, card: CharacterCard) -> None:
         """Go on under another persona. Before the first message its greeting is shown, too."""
         change_persona(self.session, card)
-        self._show_settings()
-        self.refresh()
+        self._show_conversation()
 
     def open(self, content: bytes) -> None:
         """Open an exported conversation or a card (JSON or PNG) beside the others, and show it."""
-        self._check_idle()
+        if self.session.draft is not None:
+            raise BusyError("正在生成回复 [busy]：请等它结束，或按“停止”")
         name = self.conversations.open(content)
         self.view.picker.options = self.conversations.names  # may pick the first
         self.view.picker.value = name
@@ -151,34 +133,33 @@ class ChatPanel:
 
     def _connect(self) -> None:
         view = self.view
-        for name in ("send", "stop"):
-            self._on_click(name, getattr(self, name))
-        for name in ("regenerate", "undo", "clear"):
-            self._on_click(name, getattr(self, name), once=True)
-        self._on_click("previous", lambda: self.swipe(-1))
-        self._on_click("next", lambda: self.swipe(1))
-        self._on_click("edit", self._open_editor)
-        self._on_click("save", self._save)
-        self._on_click("cancel", view.close_editor)
-        self._on_click("apply", self._apply_persona)
-        self._on_click("export", self._export)
+        actions = {
+            "send": self.send,
+            "stop": self.stop,
+            "regenerate": lambda: self._once(self.regenerate),
+            "undo": lambda: self._once(self.undo),
+            "clear": lambda: self._once(self.clear),
+            "previous": lambda: self.swipe(-1),
+            "next": lambda: self.swipe(1),
+            "edit": self._open_editor,
+            "save": self._save,
+            "cancel": view.close_editor,
+            "apply": self._apply_persona,
+            "export": self._export,
+        }
+        for name, action in actions.items():
+            view.buttons[name].on_click(lambda _, action=action: self._attempt(action))
         view.input.on_msg(self._entered)
         view.picker.observe(self._picked, "value")
         view.upload.observe(self._uploaded, "value")
         for slider in view.sliders.values():
             slider.observe(self._parameter_moved, "value")
 
-    def _on_click(self, name: str, action: Callable[[], None], once: bool = False) -> None:
-        """Let a button do something; `once` ignores the second click of a double click, which would undo twice."""
-        last_click = float("-inf")
-
-        def act(_):
-            nonlocal last_click
-            before, last_click = last_click, time.monotonic()
-            if not once or last_click - before > DOUBLE_CLICK_SECONDS:
-                self._attempt(action)
-
-        self.view.buttons[name].on_click(act)
+    def _once(self, action: Callable[[], None]) -> None:
+        """Ignore the second click of a double click, which would undo twice."""
+        before, self._clicked = self._clicked, time.monotonic()
+        if self._clicked - before > DOUBLE_CLICK_SECONDS:
+            action()
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Do something for the reader; an exception in a widget's callback would vanish, so it is shown."""
@@ -193,24 +174,19 @@ class ChatPanel:
             threading.Timer(ENTER_SECONDS, self._attempt, [self.send]).start()
 
     def _picked(self, change) -> None:
-        if change.new == self.conversations.name:
-            return
         if self.session.draft is not None:  # the browser had not yet heard that it must wait
-            self.view.picker.value = change.old
-            return
-        self.conversations.show(change.new)
-        self._show_conversation()
+            self.view.picker.value = self.conversations.name
+        elif change.new != self.conversations.name:
+            self.conversations.show(change.new)
+            self._show_conversation()
 
     def _show_conversation(self) -> None:
         self.view.show_error("")
         self.view.close_editor()
-        self._show_settings()
-        self.refresh()
-
-    def _show_settings(self) -> None:
         self._showing = True
         self.view.show_settings(self.session)
         self._showing = False
+        self.refresh()
 
     def _parameter_moved(self, change) -> None:
         if not self._showing:
@@ -223,21 +199,17 @@ class ChatPanel:
             self.view.upload.value = ()  # so that the same file can be chosen again
 
     def _open_editor(self) -> None:
-        self._check_idle()
-        if self.session.history:
-            self.view.open_editor(*self.session.history[-1])
+        self.session.edit()  # changes nothing, but refuses while a reply is written, or if there is nothing to edit
+        self.view.open_editor(*self.session.history[-1])
 
     def _save(self) -> None:
-        greeting = self.view.query.layout.display == "none"
-        self.edit(None if greeting else self.view.query.value, self.view.response.value)
+        edit_last(self.session, self.view.query.value, self.view.response.value)
+        self.view.close_editor()
+        self.refresh()
 
     def _apply_persona(self) -> None:
-        self.set_persona(self.view.card(getattr(self.session.session_meta, "source", "original")))
+        fields = {name: field.value for name, field in self.view.persona.items()}
+        self.set_persona(dict(self.session.session_meta) | fields)
 
     def _export(self) -> None:
-        self._check_idle()
-        self.view.show_links(exported_files(self.session))
-
-    def _check_idle(self) -> None:
-        if self.session.draft is not None:
-            raise BusyError("正在生成回复 [busy]：请等它结束，或按“停止”")
+        self.view.links.value = download_links(exported_files(self.session))

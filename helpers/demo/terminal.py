@@ -5,14 +5,14 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from ..characters.personas import MAX_FILE_BYTES, as_session_meta, get_character
+from ..characters.personas import MAX_FILE_BYTES, get_character
 from ..chat.fitting import ContextWarning
 from ..chat.generation import GenerationParameters
 from ..chat.session import ChatSession
@@ -47,41 +47,28 @@ def plain(text: str) -> str:
     return _CONTROL.sub(lambda match: " " if match[0].isspace() else "\N{REPLACEMENT CHARACTER}", text)
 
 
-def start(model="auto", character="苏梦远", *, loading=None, file=None, once=None, **generation) -> None:
-    """Load a model and chat: at a prompt if both ends are a terminal, else a reply for every line of the input.
+def start(model, character: str, *, loading: dict, file=None, once=None, **generation) -> None:
+    """`python -m helpers chat`: at a prompt if both ends are a terminal, else a reply for every line of the input.
 
     Args:
-        model, loading: see `helpers.load`, and its further arguments: adapter, quantization, compile.
-        character: name of a shipped card.
-        file: an exported conversation or a card to open instead.
+        model, loading: for `helpers.load`.
+        file: an exported conversation or a card to open; `generation` goes before what it brings.
         once: answer only this.
-        **generation: see `GenerationParameters`; they go before those of an exported conversation.
-
-    Raises:
-        HelpersError: an argument makes no sense, or, in a pipe, a line cannot be answered.
     """
     sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal's encoding lacks
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused by the session, by name
     GenerationParameters.check(generation)  # before a model is loaded, which may take a minute
     get_character(character)
     content = None if file is None else _read(file)
-    conversations = Conversations(*load(model, **loading or {}), name=character, **generation)
+    conversations = Conversations(*load(model, **loading), name=character, **generation)
     if content is not None:
         conversations.open(content)
         conversations.session.set_generation(**generation)
-    if once is not None:
-        answer_lines(conversations.session, [once], skip_blank=False)
-    elif sys.stdin.isatty() and sys.stdout.isatty():
+    if once is None and sys.stdin.isatty() and sys.stdout.isatty():
         TerminalChat(conversations).run()
-    else:
-        answer_lines(conversations.session, sys.stdin)
-
-
-def answer_lines(session: ChatSession, lines: Iterable[str], skip_blank: bool = True) -> None:
-    """Print the reply to each line, one reply a line. Raises as `ChatSession.send`."""
-    for line in lines:
-        if line.strip() or not skip_blank:
-            print(plain(session.send(line)), flush=True)
+        return
+    for line in [once] if once is not None else filter(str.strip, sys.stdin):
+        print(plain(conversations.session.send(line)), flush=True)
 
 
 class TerminalChat:
@@ -100,15 +87,14 @@ class TerminalChat:
             "/prev": lambda _: self._swipe(-1),
             "/undo": lambda _: self._print(f"撤回了 [undone]：{self.session.undo()}", style="dim"),
             "/edit": self._edit,
-            "/clear": self._clear,
+            "/clear": lambda _: (self.session.clear(), self._show_conversation()),
             "/save": self._save,
-            "/load": self._load,
+            "/load": lambda name: (self.conversations.open(_read(name)), self._show_conversation()),
             "/help": lambda _: [self._print(line) for line in HELP.splitlines()],
         }
 
     @property
     def session(self) -> ChatSession:
-        """The conversation shown."""
         return self.conversations.session
 
     def run(self) -> None:
@@ -116,8 +102,8 @@ class TerminalChat:
         with suppress(ImportError):
             import readline  # noqa: F401  # input() then has editing and a history
         self._show_conversation()
-        interrupted = False
-        while True:
+        going_on, interrupted = True, False
+        while going_on:
             try:
                 going_on = self.enter(input(f"{plain(self.session.session_meta.user_name)}："))
                 interrupted = False
@@ -127,8 +113,6 @@ class TerminalChat:
                 going_on, interrupted = not interrupted, True
                 self.console.line()
                 self._print("再按一次 Ctrl-C 离开，或输入 /exit [press again to leave]", style="dim")
-            if not going_on:
-                return
 
     def enter(self, line: str) -> bool:
         """Do what one line says, a message or a command; False if it is time to leave. Shows errors, raises none."""
@@ -150,43 +134,43 @@ class TerminalChat:
     # --- commands
 
     def _character(self, name: str) -> None:
-        if name:
-            self.conversations.show(name)
-            self._show_conversation()
-        else:
+        if not name:
             self._print("、".join(self.conversations.names))
+            return
+        self.conversations.show(name)
+        self._show_conversation()
 
     def _persona(self, change: str) -> None:
-        fields = self.session.session_meta.model_dump()
+        fields = dict(self.session.session_meta)
         name, _, text = change.partition(" ")
         if name and name not in fields:
             raise ChatError(f"人设没有这个字段 [unknown field]：{name}，可选：{'、'.join(fields)}")
         if name:
             fields[name] = text.strip()
-            change_persona(self.session, as_session_meta(fields))
+            change_persona(self.session, fields)
         for field, value in fields.items():
             self._print(f"{field}：{value}")
 
     def _set(self, change: str) -> None:
-        name, _, text = change.partition(" ")
+        name, _, value = change.partition(" ")
         if name:
-            value = text
             with suppress(ValueError):  # no parameter is a text: it is refused with the name of the parameter
-                value = json.loads(text)
+                value = json.loads(value)
             self.session.set_generation(**{name: value})
         values = self.session.parameters.model_dump(exclude_none=True)
         self._print("  ".join(f"{name}={value}" for name, value in values.items()))
+
+    def _swipe(self, step: int) -> None:
+        self.session.swipe(step)
+        self._show(self.session.history[-1:])
+        self._print(f"{self.session.alternative + 1}/{len(self.session.alternatives)}", style="dim")
 
     def _edit(self, change: str) -> None:
         side, _, text = change.partition(" ")
         if side not in ("query", "reply"):
             raise ChatError("写法 [usage]：/edit query 内容，或 /edit reply 内容")
         self.session.edit(**{"query" if side == "query" else "response": text.strip()})
-        self._show_exchange(self.session.history[-1])
-
-    def _clear(self, _) -> None:
-        self.session.clear()
-        self._show_conversation()
+        self._show(self.session.history[-1:])
 
     def _save(self, name: str) -> None:
         path = _path(name)
@@ -200,38 +184,28 @@ class TerminalChat:
             raise ChatError(f"写不了这个文件 [cannot write file]：{path}（{error.strerror}）") from None
         self._print(f"已保存 [saved]：{path}", style="dim")
 
-    def _load(self, name: str) -> None:
-        self.conversations.open(_read(name))
-        self._show_conversation()
-
     # --- what is on the screen
 
     def _write(self, texts: Iterator[str]) -> None:
         """Print a reply while it grows. Ctrl-C ends it within one token."""
-        with _ctrl_c_calls(self.session.stop), closing(texts), warnings.catch_warnings():
+        with _on_ctrl_c(self.session.stop), closing(texts), warnings.catch_warnings():
             warnings.simplefilter("ignore", ContextWarning)  # the meter says it
             shown = next(texts)  # whatever is refused is refused here
             self._print(f"{self.session.session_meta.bot_name}：{shown}", end="")
             for text in texts:
                 self._print(text[len(shown) :], end="")
                 shown = text
-        self._print("")
+        self.console.line()
         self._print(meter_text(self.session), style="dim")
-
-    def _swipe(self, step: int) -> None:
-        self.session.swipe(step)
-        self._show_exchange(self.session.history[-1])
-        self._print(f"{self.session.alternative + 1}/{len(self.session.alternatives)}", style="dim")
 
     def _show_conversation(self) -> None:
         name = self.session.session_meta.bot_name
         self._print(f"和 {name} 的对话，/help 列出命令 [/help lists the commands]", style="dim")
-        for entry in self.session.history:
-            self._show_exchange(entry)
+        self._show(self.session.history)
 
-    def _show_exchange(self, entry: list[str]) -> None:
+    def _show(self, history: list[list[str]]) -> None:
         names = (self.session.session_meta.user_name, self.session.session_meta.bot_name)
-        for name, text in zip(names, entry):
+        for name, text in [pair for entry in history for pair in zip(names, entry)]:
             if text:
                 self._print(f"{name}：{text}")
 
@@ -256,8 +230,8 @@ def _read(name: str) -> bytes:
 
 
 @contextmanager
-def _ctrl_c_calls(action):
-    """Ctrl-C calls `action` here, instead of raising KeyboardInterrupt wherever the program happens to be."""
+def _on_ctrl_c(action):
+    """Ctrl-C calls `action`, instead of raising KeyboardInterrupt wherever the program happens to be."""
     before = signal.signal(signal.SIGINT, lambda *_: action())
     try:
         yield

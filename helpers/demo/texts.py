@@ -10,6 +10,8 @@ TEXTS = {
     "send": ("发送", "Send"),
     "stop": ("停止", "Stop"),
     "regenerate": ("重说", "Regenerate"),
+    "previous": ("‹", "‹"),
+    "next": ("›", "›"),
     "undo": ("撤回", "Undo"),
     "edit": ("编辑", "Edit"),
     "clear": ("清空", "Clear"),
@@ -29,6 +31,14 @@ TEXTS = {
     "export": ("导出对话和角色卡", "Export conversation and card"),
     "import": ("导入对话或角色卡", "Open a conversation or a card"),
 }
+# Tokens used of the context, exchanges left out of it, seconds to the first token, tokens per second after that.
+METER = {
+    "zh": ("上下文 {:,} / {:,} token", "，最早的 {} 轮已放不下", " · 首字 {:.2f} 秒", "，之后每秒 {:.0f} token"),
+    "en": (
+        *("context {:,} / {:,} tokens", ", the oldest {} turns no longer fit"),
+        *(" · first token after {:.2f} s", ", then {:.0f} tokens/s"),
+    ),
+}
 PERSONA_FIELDS = ("bot_name", "bot_info", "user_name", "user_info", "greeting")
 # Parameter: (lowest, highest, step). Beside these there is max_length, up to the model's context.
 SLIDERS = {"temperature": (0.05, 2.0, 0.05), "top_p": (0.05, 1.0, 0.05), "repetition_penalty": (1.0, 2.0, 0.05)}
@@ -36,22 +46,27 @@ DOUBLE_CLICK_SECONDS = 0.5  # a second click within this time counts as part of 
 
 
 def label(key: str, language: str = "zh") -> str:
-    """A text of the page; `language` is "zh" or "en"."""
     return TEXTS[key][language == "en"]
 
 
+def slider_values(session: ChatSession, context: int) -> dict[str, tuple[float, float, float]]:
+    """Name: (value, lowest, highest) of every slider; an imported value may lie outside the usual range."""
+    ranges = {name: (low, high) for name, (low, high, _) in SLIDERS.items()} | {"max_length": (64, context)}
+    values = {name: getattr(session.parameters, name) or context for name in ranges}  # None: the whole context
+    return {
+        name: (values[name], min(low, values[name]), max(high, values[name])) for name, (low, high) in ranges.items()
+    }
+
+
 def meter_text(session: ChatSession, language: str = "zh") -> str:
-    """Tokens used of the context and, once there is a reply, its speed."""
-    zh = language == "zh"
-    used, limit = session.context_used()
-    text = f"上下文 {used:,} / {limit:,} token" if zh else f"context {used:,} / {limit:,} tokens"
-    if dropped := session.dropped_turns:
-        text += f"，最早的 {dropped} 轮已放不下" if zh else f", the oldest {dropped} turns no longer fit"
+    context, dropped, first, speed = METER[language]
+    text = context.format(*session.context_used())
+    if session.dropped_turns:
+        text += dropped.format(session.dropped_turns)
     if statistics := session.statistics:
-        first, speed = statistics["time_to_first_token"], statistics["tokens_per_second"]
-        text += f" · 首字 {first:.2f} 秒" if zh else f" · first token after {first:.2f} s"
-        if speed:
-            text += f"，之后每秒 {speed:.0f} token" if zh else f", then {speed:.0f} tokens/s"
+        text += first.format(statistics["time_to_first_token"])
+        if statistics["tokens_per_second"]:  # None for a reply of one token
+            text += speed.format(statistics["tokens_per_second"])
     return text
 
 

@@ -2,44 +2,35 @@
 
 import ipywidgets as widgets
 
-from ..characters.personas import SessionMeta, as_session_meta
 from ..chat.session import ChatSession
-from .bubbles import STYLE, bubbles, download_link, meter, notice
-from .texts import PERSONA_FIELDS, SLIDERS, label
+from .bubbles import STYLE, bubbles, meter, notice
+from .texts import PERSONA_FIELDS, SLIDERS, label, slider_values
 
-FULL = {"style": {"description_width": "130px"}, "layout": widgets.Layout(width="98%")}
-# Key: (label, icon, tooltip, colour).
+AUTO = {"width": "auto"}
+FULL = {"style": {"description_width": "130px"}, "layout": {"width": "98%"}}
+# Key: (icon, tooltip, colour).
 BUTTONS = {
-    "send": (label("send"), "paper-plane", "发送 [send]", "primary"),
-    "stop": (label("stop"), "stop", "停下，已经写出的保留 [stop]", "warning"),
-    "regenerate": (label("regenerate"), "refresh", "换一种回复，原来的保留 [regenerate]", ""),
-    "previous": ("‹", "", "上一条回复 [previous]", ""),
-    "next": ("›", "", "下一条回复 [next]", ""),
-    "undo": (label("undo"), "undo", "撤回上一轮 [undo]", ""),
-    "edit": (label("edit"), "pencil", "改上一轮的任何一边 [edit]", ""),
-    "clear": (label("clear"), "trash", "重新开始这段对话 [clear]", ""),
-    "save": (label("save"), "check", "改成这样 [save]", "info"),
-    "cancel": (label("cancel"), "times", "不改 [cancel]", ""),
-    "apply": ("应用人设", "check", "换上这个人设，对话保留 [apply persona]", "info"),
-    "export": ("导出", "download", "JSON、Markdown、角色卡 [export]", ""),
+    "send": ("paper-plane", "发送 [send]", "primary"),
+    "stop": ("stop", "停下，已经写出的保留 [stop]", "warning"),
+    "regenerate": ("refresh", "换一种回复，原来的保留 [regenerate]", ""),
+    "previous": ("", "上一条回复 [previous]", ""),
+    "next": ("", "下一条回复 [next]", ""),
+    "undo": ("undo", "撤回上一轮 [undo]", ""),
+    "edit": ("pencil", "改上一轮的任何一边 [edit]", ""),
+    "clear": ("trash", "重新开始这段对话 [clear]", ""),
+    "save": ("check", "改成这样 [save]", "info"),
+    "cancel": ("times", "不改 [cancel]", ""),
+    "apply": ("check", "换上这个人设，对话保留 [apply persona]", "info"),
+    "export": ("download", "JSON、Markdown、角色卡 [export]", ""),
 }
 
 
 class PanelView:
-    """The widgets of a `ChatPanel`, which decides what they do.
-
-    Args:
-        names: the conversations to pick from.
-        picked: the one picked.
-        context: the model's context length in tokens.
-    """
+    """The widgets of a `ChatPanel`, which decides what they do; `context` is the model's length in tokens."""
 
     def __init__(self, names: list[str], picked: str, context: int):
         self.context = context
-        self.picker = widgets.Dropdown(
-            options=names, value=picked, description=label("character"), layout={"max_width": "300px"}
-        )
-        self.picker.style.description_width = "auto"
+        self.picker = widgets.Dropdown(options=names, value=picked, description=label("character"))
         self.log = widgets.VBox(layout={"height": "380px", "overflow": "hidden auto", "padding": "6px"})
         self.log.layout.flex_flow = "column-reverse"  # keeps the newest message in view
         self.log.add_class("cg-log")
@@ -47,27 +38,23 @@ class PanelView:
         self.input = widgets.Text(placeholder=label("message"), continuous_update=False)
         self.input.layout = {"flex": "1 1 200px", "width": "auto"}
         self.buttons = {
-            key: widgets.Button(description=text, icon=icon, tooltip=tip, button_style=style, layout={"width": "auto"})
-            for key, (text, icon, tip, style) in BUTTONS.items()
+            key: widgets.Button(description=label(key), icon=icon, tooltip=tip, button_style=style, layout=AUTO)
+            for key, (icon, tip, style) in BUTTONS.items()
         }
         self.upload = widgets.FileUpload(accept=".json,.png", description="导入", tooltip="对话或角色卡 [import]")
         self.position, self.links = widgets.Label(), widgets.HTML()
         self.status, self.meter = widgets.HTML(), widgets.HTML()
         self.persona = {
-            name: widgets.Text(description=label(name), **FULL)
-            if name.endswith("name")
-            else widgets.Textarea(description=label(name), rows=3, **FULL)
+            name: (widgets.Text if name.endswith("name") else widgets.Textarea)(description=label(name), **FULL)
             for name in PERSONA_FIELDS
         }
         self.sliders = {
             name: widgets.FloatSlider(min=low, max=high, step=step, description=name, readout_format=".2f", **FULL)
             for name, (low, high, step) in SLIDERS.items()
         }
-        self.sliders["max_length"] = widgets.IntSlider(
-            min=64, max=context, step=64, value=context, description="max_length", **FULL
-        )
-        self.query = widgets.Textarea(description=label("query"), rows=2, layout=FULL["layout"])
-        self.response = widgets.Textarea(description=label("response"), rows=3, layout=FULL["layout"])
+        self.sliders["max_length"] = widgets.IntSlider(min=64, max=context, step=64, description="max_length", **FULL)
+        self.query = widgets.Textarea(description=label("query"), layout=FULL["layout"])
+        self.response = widgets.Textarea(description=label("response"), layout=FULL["layout"])
         self.widget = self._arranged()
         self.show_error("")
 
@@ -75,13 +62,9 @@ class PanelView:
         self.links.add_class("cg-links")
         self.swipes = widgets.HBox([self.buttons["previous"], self.position, self.buttons["next"]])
         self.editor = widgets.VBox([self.query, self.response, self._row("save", "cancel")])
-        more = widgets.Accordion(
-            [
-                widgets.VBox([*self.persona.values(), self._row("apply")]),
-                widgets.VBox([*self.sliders.values()]),
-                widgets.VBox([self._row("export", self.upload), self.links]),
-            ]
-        )
+        persona = widgets.VBox([*self.persona.values(), self._row("apply")])
+        files = widgets.VBox([self._row("export", self.upload), self.links])
+        more = widgets.Accordion([persona, widgets.VBox([*self.sliders.values()]), files])
         more.titles = ("人设 persona", "参数 parameters", "导入与导出 files")
         talk = [self._row(self.input, "send", "stop"), self._row("regenerate", self.swipes, "undo", "edit", "clear")]
         below = [self.editor, self.status, self.meter, more]
@@ -113,43 +96,29 @@ class PanelView:
             self.log.children = kept[::-1]
         for message in present[len(wanted) :]:
             message.close()
-        self._set_busy(draft is not None)
-
-    def _set_busy(self, busy: bool) -> None:
-        """While a reply is written it can only be stopped; text and parameters may be changed for the next one."""
+        # While a reply is written it can only be stopped; text and parameters may be changed for the next one.
+        busy = draft is not None
         for key, button in self.buttons.items():
             button.disabled = busy != (key == "stop") and key != "cancel"
         self.picker.disabled = self.upload.disabled = busy
 
     def show_settings(self, session: ChatSession) -> None:
-        """Fill the persona form and move the sliders, even beyond their usual range."""
         for name, field in self.persona.items():
             field.value = getattr(session.session_meta, name, "")
-        parameters = session.parameters
-        for name, slider in self.sliders.items():
-            value = getattr(parameters, name) or self.context
-            slider.min, slider.max = min(slider.min, value), max(slider.max, value)
-            slider.value = value
-
-    def card(self, source: str) -> SessionMeta:
-        """What the persona form holds; `CharacterError` names the field at fault."""
-        return as_session_meta({name: field.value for name, field in self.persona.items()} | {"source": source})
-
-    def show_links(self, files: dict[str, bytes]) -> None:
-        """Offer files for download."""
-        self.links.value = " ".join(download_link(name, content) for name, content in files.items())
+        for name, (value, low, high) in slider_values(session, self.context).items():
+            slider = self.sliders[name]
+            slider.min, slider.max, slider.value = low, high, value
 
     def show_error(self, text: str) -> None:
-        """Show a problem below the conversation; an empty text takes it away."""
+        """A problem below the conversation; an empty text takes it away."""
         self.status.value = notice(text, "error")
         self.status.layout.display = "" if text else "none"
 
     def open_editor(self, query: str, response: str) -> None:
-        """Show both sides of an exchange, to be changed; a greeting has no query to change."""
+        """Both sides of an exchange, to be changed; a greeting has no query to change."""
         self.query.value, self.response.value = query, response
         self.query.layout.display = "" if query else "none"
         self.editor.layout.display = ""
 
     def close_editor(self) -> None:
-        """Hide the form again."""
         self.editor.layout.display = "none"

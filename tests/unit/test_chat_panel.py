@@ -249,6 +249,7 @@ def test_bad_edit_stays_in_the_form(panel):
 def test_a_greeting_has_only_one_side_to_edit(panel):
     click(panel, "edit")
     assert panel.view.query.layout.display == "none"
+    assert panel.view.response.layout.display != "none"
     panel.view.response.value = "换个开场白"
     click(panel, "save")
     assert shown(panel) == ["换个开场白"]

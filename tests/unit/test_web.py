@@ -23,11 +23,10 @@ from typer.testing import CliRunner
 
 import helpers
 from helpers.cli.app import app
-from helpers.demo import visitors as visitors_module
 from helpers.demo import web_chat
 from helpers.demo.conversations import Conversations
-from helpers.demo.visitors import Visitors
 from helpers.demo.web import WebDemo, launch, mount
+from helpers.demo.web_chat import Visitors
 from helpers.errors import HelpersError
 from helpers.network import free_port, listen, port_is_free
 from helpers.serving import Server, create_app
@@ -576,7 +575,7 @@ def test_page_beside_the_api_refuses(options, message):
 
 
 def test_visitor_who_was_away_for_longest_is_forgotten(nano, monkeypatch):
-    monkeypatch.setattr(visitors_module, "MAX_VISITORS", 2)
+    monkeypatch.setattr(web_chat, "MAX_VISITORS", 2)
     visitors = Visitors(lambda: Conversations(*nano))
     first, second = visitors.get("")[0], visitors.get("")[0]
     assert visitors.get(first)[0] == first
@@ -586,7 +585,7 @@ def test_visitor_who_was_away_for_longest_is_forgotten(nano, monkeypatch):
 
 
 def test_only_the_newest_conversations_keep_their_cache(nano, monkeypatch):
-    monkeypatch.setattr(visitors_module, "MAX_CACHES", 2)
+    monkeypatch.setattr(web_chat, "MAX_CACHES", 2)
     visitors = Visitors(lambda: Conversations(*nano, **GREEDY))
     sessions = [visitors.get("")[1].session for _ in range(3)]
     for session in sessions:
