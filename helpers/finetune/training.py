@@ -3,21 +3,23 @@
 import dataclasses
 import hashlib
 import json
-import math
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import LabelSmoother, LengthGroupedSampler
 from transformers.utils import is_in_notebook
 
 from ..characters.personas import as_session_meta
 from ..errors import FinetuneError, did_you_mean
-from ..model.adapters import ADAPTER_CARD, ADAPTER_RECORD, base_fingerprint
+from ..model.adapters import ADAPTER_CARD, base_fingerprint
 from ..paths import write_json
-from .checkpoints import bytes_needed, close_run, last_complete_checkpoint, open_run
-from .compat import OrderedTrainer, takes_any_mask
+from .checkpoints import bytes_needed, close_run, last_complete_checkpoint, open_run, write_record
+from .compat import OrderedTrainer, takes_any_mask, use_one_gpu
 from .encoding import EMPTY_ROW, collate, pad
 from .evaluation import summed_loss
 from .lora import check_moved
@@ -49,8 +51,17 @@ NEW_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-NO_EFFECT_ON_RESULT = {"output_dir", "disable_tqdm", "eval_on_start"}
+# Older lessons have these, which transformers 5 knows no more.
+GONE = {
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy=group_by_length",
+    "no_cuda": "use_cpu",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "warmup_ratio": "warmup_steps",  # below 1: a share
+}
+AT_LEAST_ONE = {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+NO_EFFECT_ON_RESULT = {"disable_tqdm", "eval_on_start"}
 
 
 def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
@@ -62,7 +73,6 @@ def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
     Raises:
         FinetuneError: an unknown field (with the closest known one), or values that make no sense.
     """
-    check_arguments(chosen)
     on_cpu, on_gpu = (model is not None and model.device.type == kind for kind in ("cpu", "cuda"))
     large = model is not None and model.num_parameters() > LARGE_MODEL_PARAMETERS
     of_model = {
@@ -74,23 +84,37 @@ def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
         "use_cpu": on_cpu,
         "disable_tqdm": not is_in_notebook(),
     }
-    chosen = {NEW_NAMES.get(name, name): value for name, value in chosen.items()}
+    options = DEFAULTS | of_model | check_arguments(chosen)
     try:
-        return TrainingArguments(output_dir=str(output_dir), **DEFAULTS | of_model | chosen)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        arguments = TrainingArguments(output_dir=str(output_dir), **options)
+        for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            reporter()  # raises if its package is missing
+    except (ValueError, TypeError, NotImplementedError, ImportError, RuntimeError) as error:
         raise FinetuneError(f"训练参数没有意义 [invalid training argument]：{error}") from None
+    return arguments
 
 
-def check_arguments(chosen: dict) -> None:
-    """Raise `FinetuneError` for a name that is no field of TrainingArguments, or a number that makes no sense."""
+def check_arguments(chosen: dict) -> dict:
+    """`chosen` in the types of the fields of TrainingArguments: for a bool, "false" is False.
+
+    Raises:
+        FinetuneError: no such field, not a value for it, not a number, or 0 where 1 is the least.
+    """
+    kinds = get_type_hints(TrainingArguments)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - {"output_dir"}
+    config = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
+    typed = {}
     for name, value in chosen.items():
         if name not in known:
-            hint = did_you_mean(name, known)
+            hint = f"现在是 {GONE[name]} [did you mean]" if name in GONE else did_you_mean(name, known)
             raise FinetuneError(f"TrainingArguments 没有参数 {name} [unknown training argument]。{hint}")
-        too_small = name in AT_LEAST_ONE and not (isinstance(value, int) and value >= 1)
-        if too_small or (isinstance(value, float) and not math.isfinite(value)):
-            raise FinetuneError(f"训练参数没有意义 [invalid training argument]：{name}={value!r}")
+        kind = Annotated[kinds[name], Field(ge=1)] if name in AT_LEAST_ONE else kinds[name]
+        try:
+            typed[NEW_NAMES.get(name, name)] = TypeAdapter(kind, config=config).validate_python(value)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"]
+            raise FinetuneError(f"训练参数没有意义 [invalid training argument]：{name}={value!r}，{why}") from None
+    return typed
 
 
 class EpochGroupedSampler(LengthGroupedSampler):
@@ -159,7 +183,9 @@ class LoraTrainer(OrderedTrainer):
         return metrics
 
 
-def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=False, callbacks=(), **training) -> dict:
+def finetune(
+    model, train_rows, eval_rows, output_dir, *, card=None, overwrite=False, callbacks=(), **training
+) -> dict:
     """Train the adapter of `model` (see `add_lora`) and keep the one with the lowest held-out loss in `output_dir`.
 
     A run that was interrupted goes on from its last complete checkpoint if it is started again with the same settings.
@@ -178,7 +204,8 @@ def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=F
     """
     directory = Path(output_dir).expanduser().absolute()
     arguments = training_arguments(model, directory, **training)
-    settings = describe_settings(model, train_rows, eval_rows, training)
+    use_one_gpu(arguments)
+    settings = describe_settings(model, train_rows, eval_rows, training, arguments.world_size)
     needed = bytes_needed(model.num_parameters(only_trainable=True), arguments.save_total_limit or 3)
     with arguments.main_process_first(local=False):  # the others find what the first has made
         run = open_run(directory, settings, needed, overwrite)
@@ -187,14 +214,13 @@ def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=F
     arguments.eval_on_start = checkpoint is None and arguments.eval_strategy != "no"
     trainer = make_trainer(model, arguments, train_rows, eval_rows, callbacks)
     with out_of_memory_explained(arguments):
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     model.eval()
     check_moved(model)
-    result = summarize(trainer, output, checkpoint)
+    result = summarize(trainer, output.metrics["train_runtime"], checkpoint)
     trainer.save_model(str(run))
     if arguments.process_index == 0:
-        record = {"settings": settings, "base": settings["base"], "finished": True, "result": result}
-        write_json(run / ADAPTER_RECORD, record)
+        write_record(run, settings, result)
         if card is not None:
             write_json(run / ADAPTER_CARD, as_session_meta(card).model_dump())
         close_run(directory, run)
@@ -222,7 +248,7 @@ def make_trainer(model, arguments, train_rows, eval_rows, callbacks) -> LoraTrai
     return trainer
 
 
-def describe_settings(model, train_rows, eval_rows, training: dict) -> dict:
+def describe_settings(model, train_rows, eval_rows, training: dict, processes: int) -> dict:
     """What a run's result depends on: base, adapter, data and arguments. Two runs with the same may be joined."""
     lora = model.peft_config["default"]
     targets = lora.target_modules
@@ -234,31 +260,31 @@ def describe_settings(model, train_rows, eval_rows, training: dict) -> dict:
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "data": hashlib.sha256(json.dumps([train_rows, eval_rows]).encode()).hexdigest()[:16],
         "arguments": {name: value for name, value in training.items() if name not in NO_EFFECT_ON_RESULT},
+        "processes": processes,  # each takes a batch of its own
     }
 
 
-def summarize(trainer: Trainer, output, checkpoint: Path | None) -> dict:
+def summarize(trainer: Trainer, seconds: float, checkpoint: Path | None) -> dict:
     """`steps`, `seconds` and `samples_per_second` of this call; the last `train_loss`, the lowest `eval_loss` and its
     `best_step`; `resumed_from`, a step or None; `history`, what was logged.
     """
     state, args = trainer.state, trainer.args
     kept = ("step", "loss", "eval_loss")
     history = [{name: entry[name] for name in kept if name in entry} for entry in state.log_history]
-    history = [entry for entry in history if len(entry) > 1]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     held_out = [(entry["eval_loss"], entry["step"]) for entry in history if "eval_loss" in entry and entry["step"]]
     best_loss, best_step = min(held_out, default=(None, state.global_step))
     resumed_from = int(checkpoint.name.split("-")[1]) if checkpoint else None
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    seconds = output.metrics["train_runtime"]
     return {
         "steps": state.global_step,
         "seconds": seconds,
-        "samples_per_second": (state.global_step - (resumed_from or 0)) * rows_a_step / max(seconds, 1e-9),
-        "train_loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+        "samples_per_second": (state.global_step - (resumed_from or 0)) * rows_a_step / seconds,
+        "train_loss": losses[-1] if losses else None,
         "eval_loss": best_loss,
         "best_step": best_step,
         "resumed_from": resumed_from,
-        "history": history,
+        "history": [entry for entry in history if len(entry) > 1],
     }
 
 
@@ -267,7 +293,7 @@ def out_of_memory_explained(arguments: TrainingArguments):
     """Turn an out-of-memory error, of a GPU or of the machine, into one that says which knobs to turn."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         text = str(error)
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
             raise
