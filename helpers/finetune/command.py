@@ -10,12 +10,13 @@ from transformers import AutoTokenizer, set_seed
 from ..errors import FinetuneError
 from ..model.loading import load, quantization_config, resolve_model
 from ..paths import PROJECT_DIR, new_folder
+from .arguments import check_arguments, training_arguments
 from .checkpoints import check_folder
 from .data import load_samples, read_card, replay_dialogues, split_samples
 from .encoding import describe_lengths, encode_samples
 from .evaluation import perplexity_before_and_after
 from .lora import add_lora, lora_config, merge_adapter
-from .training import check_arguments, finetune, training_arguments
+from .training import finetune
 
 DEFAULT_DATA = PROJECT_DIR / "data" / "lora" / "lu_zhishen.jsonl"
 DEFAULT_CARD = PROJECT_DIR / "data" / "lora" / "lu_zhishen_card.json"
