@@ -56,8 +56,7 @@ def check_folder(directory: Path, overwrite: bool) -> None:
         raise FinetuneError(f"输出目录是一个模型目录 [output directory is a model]：{directory}。请换一个 output_dir")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory) as file:
-            file.write(b"0" * 4096)
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise FinetuneError(
             f"输出目录不可写 [output directory not writable]：{directory}（{error.strerror}）。请换一个 output_dir"
@@ -69,11 +68,8 @@ def check_folder(directory: Path, overwrite: bool) -> None:
 def open_run(directory: Path, settings: dict, needed_bytes: int, overwrite: bool) -> Path:
     """The folder for a run with these settings: `directory`, where an interrupted run with the same settings goes on.
 
-    If `overwrite`, and another run is there, it is a folder within, until `close_run`: what is there stays usable until
-    the new run is complete.
-
-    Raises:
-        FinetuneError: the folder cannot be used (see `check_folder`), is taken by another run, or its disk is too full.
+    If `overwrite`, and another run is there, it is a folder within: what is there stays usable until `close_run`.
+    Raises as `check_folder`, and if the disk is too full or, without `overwrite`, another run is there.
     """
     check_folder(directory, overwrite)
     if (free := free_bytes(directory)) < needed_bytes:

@@ -34,9 +34,6 @@ def run_finetune(
         lora, training: arguments of `add_lora`, and fields of TrainingArguments.
         replay: how many dialogues of the shipped characters to mix in.
         merge_to: a new or empty folder for the merged model.
-
-    Returns:
-        The result of `finetune`.
     """
     path = check_run(model, output_dir, lora, training, quantization, overwrite, merge_to)
     card = DEFAULT_CARD if data is None and card is None else card

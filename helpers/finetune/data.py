@@ -125,10 +125,10 @@ def load_samples(file, card=None, *, on_bad_row: Literal["skip", "raise"] = "ski
 
     Args:
         card: a `SessionMeta` or a dict: the persona of rows that do not bring their own.
-        on_bad_row: "skip" leaves bad rows out, "raise" refuses the file.
+        on_bad_row: "skip" leaves bad rows out, "raise" refuses the file, as if no row were usable.
 
     Raises:
-        DataError: the file cannot be read, has no usable row, or (with "raise") any bad row.
+        DataError: the file cannot be read, or has no usable row.
     """
     if on_bad_row not in ("skip", "raise"):
         raise DataError(f"on_bad_row 应为 'skip' 或 'raise' [invalid on_bad_row]，收到 {on_bad_row!r}")
@@ -234,9 +234,7 @@ def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """(training, held-out): a fixed tenth is held out, chosen by a hash of each sample's id.
 
     Where that leaves one of them empty, as when all begin with the same words, the hash is of the whole conversation.
-
-    Raises:
-        DataError: one of the two is still empty.
+    Raises `DataError` if one is still empty.
     """
     held_out = [sample.held_out for sample in samples]
     if len(set(held_out)) < 2:

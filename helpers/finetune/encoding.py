@@ -72,8 +72,7 @@ def encode_lines(tokenizer, dialogue: Dialogue) -> tuple[list[int], list[int], l
 def encode(tokenizer, dialogue: Dialogue, max_length: int = MAX_LENGTH) -> list[dict]:
     """The rows to train on, for most conversations one: every reply right after the prompt that inference builds for it.
 
-    Raises:
-        BadRow: the persona, one line and its reply alone are longer than `max_length`.
+    Raises `BadRow` if the persona, one line and its reply alone are longer than `max_length`.
     """
     header, name, turns = encode_lines(tokenizer, dialogue)
     said = [0, *accumulate(len(turn.question) + len(turn.remembered) for turn in turns)]  # tokens before each turn
@@ -99,11 +98,7 @@ def encode(tokenizer, dialogue: Dialogue, max_length: int = MAX_LENGTH) -> list[
 
 
 def encode_samples(tokenizer, samples, max_length=MAX_LENGTH, report=None, on_bad_row="skip") -> list[dict]:
-    """The rows of all samples; what is too long is noted in `report` and left out.
-
-    Raises:
-        DataError: nothing is left, or something is too long and `on_bad_row` is "raise".
-    """
+    """The rows of all samples; what is too long is noted in `report` and left out, or, by "raise", a `DataError`."""
     report = DataReport("数据", rows=len(samples)) if report is None else report
     rows = []
     often = 0.1 if sys.stderr.isatty() else 10  # in a log, a line now and then

@@ -24,14 +24,13 @@ LORA_TARGETS = {
 
 
 def lora_config(targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: float = 0.1) -> LoraConfig:
-    """Args:
+    """Raises `FinetuneError` for unknown targets and senseless values.
+
+    Args:
         targets: a key of `LORA_TARGETS`.
         r: rank, the inner size of B A: more can be learned, and forgotten.
         alpha: B A is scaled by alpha / r, so that a change of r needs no other learning rate.
         dropout: share of the inputs of A set to zero while training.
-
-    Raises:
-        FinetuneError: unknown targets or a senseless value.
     """
     if targets not in LORA_TARGETS:
         raise FinetuneError(f"不认识的 targets [unknown targets]：{targets!r}，可选 {'、'.join(LORA_TARGETS)}")

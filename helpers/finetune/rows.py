@@ -21,11 +21,7 @@ WRAPPED = re.compile(r'\s*\{\s*"(?:data|train|rows|instances)"\s*:\s*(?=\[)')  #
 def read_rows(file: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
     """(line number, value) of every row; the value is a `BadRow` where it cannot be read.
 
-    Args:
-        notes: what the reader of the report should know about the file is added to it.
-
-    Raises:
-        DataError: the file cannot be read.
+    What the reader of the report should know about the file is added to `notes`. Raises `DataError` if it is unreadable.
     """
     zipped = file.suffix == ".gz"
     kind = Path(file.stem).suffix if zipped else file.suffix
