@@ -58,7 +58,8 @@ def count_words(replies: list[str]) -> Counter:
     counts = Counter()
     for reply in replies:
         runs = [(run, n) for run in CHINESE.findall(reply) for n in (2, 3)]
-        counts.update(dict.fromkeys(run[i : i + n] for run, n in runs for i in range(len(run) - n + 1)))
+        words = [run[i : i + n] for run, n in runs for i in range(len(run) - n + 1)]
+        counts.update(dict.fromkeys(words, 1))  # not a set: of equally frequent words, the first in the text comes first
     return counts
 
 
