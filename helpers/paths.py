@@ -50,7 +50,7 @@ def check_disk_space(target: Path, needed: int) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, sizes: dict[str, int], source: Path) -> Iterator[Path]:
+def new_folder(target: Path, sizes: dict[str, int], source: Path, margin: int = MARGIN_BYTES) -> Iterator[Path]:
     """A folder to write into, which is called `target` once the block has ended well. If it raises, nothing is left.
 
     A killed process leaves a folder beside the target whose name ends in `.partial`.
@@ -59,12 +59,13 @@ def new_folder(target: Path, sizes: dict[str, int], source: Path) -> Iterator[Pa
         target: missing or empty.
         sizes: name to bytes of the large files that will be written.
         source: a directory that is read meanwhile; the target must not lie in it.
+        margin: bytes that must be free besides.
 
     Raises:
         HelpersError: the target is in use or not writable, or the disk is full. What was there is kept.
     """
     _check_usable(target, source)
-    check_disk_space(target, sum(sizes.values()) + MARGIN_BYTES)
+    check_disk_space(target, sum(sizes.values()) + margin)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so on the same disk.

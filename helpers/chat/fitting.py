@@ -1,6 +1,8 @@
 """Which part of a conversation goes into the prompt: all of it, or what the model's context has room for."""
 
 import bisect
+from collections.abc import Callable
+from functools import cache
 
 from ..characters.dialogues import history_to_messages
 from ..errors import ChatError
@@ -60,9 +62,6 @@ def encode_prompt(tokenizer, session_meta, query: str, history) -> list[int]:
 def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, dropped: int = 0) -> tuple[list[int], int]:
     """The prompt with as many turns as `limit` tokens allow. The persona and the last turn always stay.
 
-    When turns must go, the oldest go until the prompt is down to three quarters of the limit: dropping one in every
-    turn would change the beginning of every prompt, and no KV cache could be reused.
-
     Args:
         dropped: how many of the oldest turns are left out already.
 
@@ -70,19 +69,24 @@ def fit_turns(tokenizer, session_meta, turns: list[list[dict]], limit: int, drop
         `(input_ids, dropped)`; more ids than `limit` if the persona and the last turn alone are too long.
     """
 
-    def prompt(start: int) -> list[int]:
-        return encode_turns(tokenizer, session_meta, turns[start:])
+    prompt = cache(lambda start: encode_turns(tokenizer, session_meta, turns[start:]))
+    dropped = turns_to_drop(lambda start: len(prompt(start)), len(turns), limit, dropped)
+    return prompt(dropped), dropped
 
-    if len(input_ids := prompt(0)) <= limit:
-        return input_ids, 0
-    dropped = min(dropped, len(turns) - 1)
-    input_ids = prompt(dropped)
-    if not limit // 2 <= len(input_ids) <= limit:  # shorter: more was dropped than this limit asks for
-        # Fewer turns never make a longer prompt, so the smallest number to drop can be found by bisection.
-        starts = range(len(turns) - 1)
-        dropped = bisect.bisect_left(starts, True, key=lambda start: len(prompt(start)) <= limit * 3 // 4)
-        input_ids = prompt(dropped)
-    return input_ids, dropped
+
+def turns_to_drop(length: Callable[[int], int], turns: int, limit: int, dropped: int) -> int:
+    """How many of the oldest turns must go for a prompt of at most `limit` tokens; it has `length(n)` without the first n.
+
+    When turns must go, the oldest go until the prompt is down to three quarters of the limit: dropping one in every
+    turn would change the beginning of every prompt, and no KV cache could be reused.
+    """
+    if length(0) <= limit:
+        return 0
+    dropped = min(dropped, turns - 1)
+    if limit // 2 <= length(dropped) <= limit:  # shorter: more was dropped than this limit asks for
+        return dropped
+    # Fewer turns never make a longer prompt, so the smallest number to drop can be found by bisection.
+    return bisect.bisect_left(range(turns - 1), True, key=lambda start: length(start) <= limit * 3 // 4)
 
 
 def fit_prompt(

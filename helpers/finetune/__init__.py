@@ -8,6 +8,7 @@ finetune(model, encode_samples(tokenizer, training), encode_samples(tokenizer, h
 
 # ruff: noqa: F401
 
+from .arguments import training_arguments
 from .data import Sample, load_samples, read_card, replay_dialogues, split_samples
 from .encoding import collate, describe_lengths, encode, encode_samples, pack, pad, share_prefix
 from .evaluation import Comparison, Voice, base_ability, compare, perplexity, perplexity_before_and_after
@@ -22,4 +23,4 @@ from .lora import (
 )
 from .progress import plot_losses
 from .report import DataReport
-from .training import finetune, training_arguments
+from .training import finetune

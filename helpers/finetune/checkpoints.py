@@ -51,33 +51,25 @@ def what_is_missing(checkpoint: Path) -> str:
 
 
 def check_folder(directory: Path, overwrite: bool) -> None:
-    """Raise `FinetuneError` if no run can begin in a folder: it is a model's, cannot be written, or a run finished there.
-
-    Args:
-        overwrite: a finished run may be replaced.
-    """
+    """Raise `FinetuneError` if it is a model's, cannot be written, or, unless `overwrite`, a run finished there."""
     if (directory / "config.json").exists():
         raise FinetuneError(f"输出目录是一个模型目录 [output directory is a model]：{directory}。请换一个 output_dir")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory) as file:
-            file.write(b"0" * 4096)
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise FinetuneError(
             f"输出目录不可写 [output directory not writable]：{directory}（{error.strerror}）。请换一个 output_dir"
         ) from None
-    if not overwrite and _record(directory).get("finished"):
+    if not overwrite and read_record(directory).get("finished"):
         raise _in_use(directory, "一次完成了的训练")
 
 
 def open_run(directory: Path, settings: dict, needed_bytes: int, overwrite: bool) -> Path:
     """The folder for a run with these settings: `directory`, where an interrupted run with the same settings goes on.
 
-    If `overwrite`, and another run is there, it is a folder within, until `close_run`: what is there stays usable until
-    the new run is complete.
-
-    Raises:
-        FinetuneError: the folder cannot be used (see `check_folder`), is taken by another run, or its disk is too full.
+    If `overwrite`, and another run is there, it is a folder within: what is there stays usable until `close_run`.
+    Raises as `check_folder`, and if the disk is too full or, without `overwrite`, another run is there.
     """
     check_folder(directory, overwrite)
     if (free := free_bytes(directory)) < needed_bytes:
@@ -85,15 +77,14 @@ def open_run(directory: Path, settings: dict, needed_bytes: int, overwrite: bool
             f"磁盘空间不足 [not enough disk space]：{directory} 所在磁盘剩 {free / 1e6:,.1f} MB，"
             f"checkpoint 约需 {needed_bytes / 1e6:,.1f} MB。请清理磁盘、换一个 output_dir，或减小 save_total_limit"
         )
-    settings = json.loads(json.dumps(settings))  # as they will be read back
-    run = directory
+    settings, run = json.loads(json.dumps(settings)), directory  # as they will be read back
     if _is_taken(directory, settings):
         if not overwrite:
             raise _in_use(directory, "另一组设置的训练")
         run = directory / NEW_RUN
         if _is_taken(run, settings):
             shutil.rmtree(run)  # begun to replace the same run, with other settings, and never finished
-    write_json(run / ADAPTER_RECORD, {"settings": settings, "base": settings["base"], "finished": False})
+    write_record(run, settings)
     return run
 
 
@@ -109,12 +100,18 @@ def close_run(directory: Path, run: Path) -> None:
     shutil.rmtree(run)
 
 
-def _record(directory: Path) -> dict:
+def write_record(run: Path, settings: dict, result: dict | None = None) -> None:
+    """Note beside an adapter how it is trained, and the result once it is."""
+    record = {"settings": settings, "base": settings["base"], "finished": result is not None}
+    write_json(run / ADAPTER_RECORD, record if result is None else record | {"result": result})
+
+
+def read_record(directory: Path) -> dict:
     return read_json(directory / ADAPTER_RECORD) if (directory / ADAPTER_RECORD).is_file() else {}
 
 
 def _is_taken(directory: Path, settings: dict) -> bool:
-    record, begun = _record(directory), directory.is_dir() and get_last_checkpoint(str(directory)) is not None
+    record, begun = read_record(directory), directory.is_dir() and get_last_checkpoint(str(directory)) is not None
     return record.get("finished", False) or (begun and record.get("settings") != settings)
 
 

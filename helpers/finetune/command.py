@@ -1,7 +1,7 @@
 """`python -m helpers finetune`: from a model's name and a data file to an adapter."""
 
 import os
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,12 +10,13 @@ from transformers import AutoTokenizer, set_seed
 from ..errors import FinetuneError
 from ..model.loading import load, quantization_config, resolve_model
 from ..paths import PROJECT_DIR, new_folder
+from .arguments import check_arguments, training_arguments
 from .checkpoints import check_folder
 from .data import load_samples, read_card, replay_dialogues, split_samples
 from .encoding import describe_lengths, encode_samples
 from .evaluation import perplexity_before_and_after
 from .lora import add_lora, lora_config, merge_adapter
-from .training import check_arguments, finetune, training_arguments
+from .training import finetune
 
 DEFAULT_DATA = PROJECT_DIR / "data" / "lora" / "lu_zhishen.jsonl"
 DEFAULT_CARD = PROJECT_DIR / "data" / "lora" / "lu_zhishen_card.json"
@@ -33,9 +34,6 @@ def run_finetune(
         lora, training: arguments of `add_lora`, and fields of TrainingArguments.
         replay: how many dialogues of the shipped characters to mix in.
         merge_to: a new or empty folder for the merged model.
-
-    Returns:
-        The result of `finetune`.
     """
     path = check_run(model, output_dir, lora, training, quantization, overwrite, merge_to)
     card = DEFAULT_CARD if data is None and card is None else card
@@ -44,6 +42,8 @@ def run_finetune(
     parts, tokenizer = split_samples(samples), AutoTokenizer.from_pretrained(path)
     train_rows, eval_rows = (encode_samples(tokenizer, part, max_length, report, on_bad_row) for part in parts)
     train_rows += encode_samples(tokenizer, replay_dialogues(replay), max_length) if replay else []
+    main_process = int(os.environ.get("RANK", 0)) == 0  # the only one, unless `accelerate launch` has started several
+    say = partial(print, flush=True) if main_process else (lambda text: None)
     say(
         f"{report}\n训练集 [training]：{describe_lengths(train_rows)}\n留出集 [held out]：{describe_lengths(eval_rows)}"
     )
@@ -52,12 +52,12 @@ def run_finetune(
     tuned = add_lora(loaded, **lora)
     trainable, total = tuned.get_nb_trainable_parameters()
     say(f"可训练参数 [trainable]：{trainable:,} / {total:,}（{trainable / total:.2%}）")
-    personas = {sample.card.model_dump_json(): sample.card for sample in samples}
+    personas = {sample.card.model_dump_json() for sample in samples}
     persona = samples[0].card if len(personas) == 1 else None
     result = finetune(tuned, train_rows, eval_rows, output_dir, card=persona, overwrite=overwrite, **training)
     before, after = perplexity_before_and_after(tuned, eval_rows)
     say(f"留出集困惑度 [held-out perplexity]：{before:.1f} -> {after:.1f}。adapter 在 {output_dir}")
-    if merge_to is not None and is_main_process():
+    if merge_to is not None and main_process:
         say(f"合并后的模型 [merged model]：{merge_adapter(tuned, tokenizer, Path(merge_to))}")
     return result
 
@@ -69,33 +69,18 @@ def check_run(model, output_dir, lora, training, quantization, overwrite, merge_
             "量化的底模不能合并 [cannot merge into a quantised base]：去掉 --merge-to，训练后以半精度重新加载再合并"
         )
     lora_config(**lora)
-    check_arguments(training)  # before: it might name the output_dir a second time
+    check_arguments(training)  # first: it might name the output_dir a second time
     training_arguments(None, output_dir, **training)
     if quantization is not None:
         quantization_config(quantization, torch.float32)
     path = resolve_model(model)
     check_folder(Path(output_dir).expanduser().absolute(), overwrite)
     if merge_to is not None:
-        with suppress(_Probe), new_folder(Path(merge_to), {}, path):
-            raise _Probe  # it could be written; nothing of it stays
+        with new_folder(Path(merge_to), {}, path, margin=0):
+            pass  # it can be made; it stays, empty, until the merged model is written
     return path
-
-
-class _Probe(Exception):
-    pass
 
 
 def training_device():
     """The `device_map` to train on: one process uses one GPU, its own under `accelerate launch`."""
     return {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else "auto"
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process, or the first of several."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def say(text) -> None:
-    """Print from the main process only."""
-    if is_main_process():
-        print(text, flush=True)

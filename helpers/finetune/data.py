@@ -53,11 +53,11 @@ class Sample(Dialogue):
     line: int
 
 
-# --- 2. The shapes of a row: each becomes a list of (speaker, text)
+# --- 1. The shapes of a row: each becomes a list of (speaker, text)
 
 
 def _join_parts(content: Any) -> Any:
-    """The text of a content in parts, as multimodal data keeps it; anything but text parts is left as it is."""
+    # Multimodal data keeps a text in parts. Anything but text parts is left as it is, for pydantic to refuse.
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(str(part.get("text", "")) for part in content)
     return content
@@ -83,10 +83,26 @@ class _Turn(BaseModel):
 
 PAIRS = TypeAdapter(Annotated[Pairs, Field(min_length=1)])
 TURNS = TypeAdapter(Annotated[list[_Turn], Field(min_length=1)])
+LISTS = ("messages", "conversations", "dialogue", "history")
+SINGLES = {"instruction": "output", "prompt": "response", "content": "summary"}
 
 
-def _from_single(row: dict) -> list[tuple[str, str]]:
-    single = _Single.model_validate(row)
+def _read_shape(row: dict) -> tuple[list[tuple[str, str]], set[str]]:
+    """What is said in a row, and the fields that say it."""
+    single = {*SINGLES, *SINGLES.values()}
+    found = [name for name in LISTS if name in row]
+    if not set(found) - {"history"} and single & row.keys():
+        return _from_single(_Single.model_validate(row)), single | {"input", "history"}
+    if not found:
+        shapes = [*("/".join(pair) for pair in SINGLES.items()), *LISTS]
+        raise BadRow("unknown format", f"字段是 {'、'.join(map(str, row))}；认识的有 {'、'.join(shapes)}")
+    name, turns = found[0], row[found[0]]
+    if name == "history" and not (isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns)):
+        return _from_pairs(turns), {name}
+    return [(turn.speaker, turn.text) for turn in TURNS.validate_python(turns)], {name}
+
+
+def _from_single(single: _Single) -> list[tuple[str, str]]:
     question = "\n".join(text for text in (single.question, single.input) if text and text.strip())
     if not question:
         raise BadRow("empty", "没有一句用户的话")
@@ -101,44 +117,18 @@ def _from_pairs(pairs: list) -> list[tuple[str, str]]:
     return said if pairs[0][0].strip() else said[1:]
 
 
-def _from_turns(turns: list) -> list[tuple[str, str]]:
-    return [(turn.speaker, turn.text) for turn in TURNS.validate_python(turns)]
-
-
-LISTS = ("messages", "conversations", "dialogue", "history")
-SINGLES = {"instruction": "output", "prompt": "response", "content": "summary"}
-SINGLE_KEYS = {*SINGLES, *SINGLES.values(), "input", "history"}
-
-
-def _read_shape(row: dict) -> tuple[list[tuple[str, str]], set[str]]:
-    """What is said in a row, and the fields that say it."""
-    name = next((name for name in LISTS[:-1] if name in row), None)
-    if name is None and (SINGLE_KEYS - {"input", "history"}) & row.keys():
-        return _from_single(row), SINGLE_KEYS
-    name = "history" if name is None and "history" in row else name
-    if name is None:
-        shapes = [*("/".join(pair) for pair in SINGLES.items()), *LISTS]
-        raise BadRow("unknown format", f"字段是 {'、'.join(map(str, row))}；认识的有 {'、'.join(shapes)}")
-    turns = row[name]
-    pairs = name == "history" and not (isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns))
-    return (_from_pairs if pairs else _from_turns)(turns), {name}
-
-
-# --- 3. From rows to samples
+# --- 2. From rows to samples
 
 
 def load_samples(file, card=None, *, on_bad_row: Literal["skip", "raise"] = "skip") -> tuple[list[Sample], DataReport]:
     """The conversations of a data file (see `data/lora/README.md` for the shapes), and a report on what was left out.
 
-    A row may carry its persona: `session_meta`, or `bot_name`, `bot_profile`, ...; or `system`, a description. If it
-    does not, the persona is `card`.
-
     Args:
-        card: a `SessionMeta` or a dict; needed for rows without a persona.
-        on_bad_row: "skip" leaves bad rows out, "raise" refuses the file.
+        card: a `SessionMeta` or a dict: the persona of rows that do not bring their own.
+        on_bad_row: "skip" leaves bad rows out, "raise" refuses the file, as if no row were usable.
 
     Raises:
-        DataError: the file cannot be read, has no usable row, or (with "raise") any bad row.
+        DataError: the file cannot be read, or has no usable row.
     """
     if on_bad_row not in ("skip", "raise"):
         raise DataError(f"on_bad_row 应为 'skip' 或 'raise' [invalid on_bad_row]，收到 {on_bad_row!r}")
@@ -192,9 +182,9 @@ def _persona(row: dict, card: SessionMeta | None, system: str) -> SessionMeta:
     given = {field: row[name] for field, names in PROFILE_NAMES.items() for name in names if name in row}
     if "session_meta" in row or "bot_name" in given:
         meta = as_session_meta(row.get("session_meta", given))
-        return (
-            as_session_meta({**meta.model_dump(), "bot_info": f"{meta.bot_info} {system}".strip()}) if system else meta
-        )
+        if system:
+            meta.bot_info = f"{meta.bot_info} {system}".strip()
+        return meta
     if system:
         return as_session_meta({**given, "bot_name": SYSTEM_CHARACTER, "bot_info": system})
     if card is None:
@@ -203,9 +193,10 @@ def _persona(row: dict, card: SessionMeta | None, system: str) -> SessionMeta:
 
 
 def _is_bot(speaker: str, meta: SessionMeta) -> bool:
-    for names, is_bot in (({meta.bot_name} | BOT_SPEAKERS, True), ({meta.user_name} | USER_SPEAKERS, False)):
-        if speaker in names:
-            return is_bot
+    if speaker in {meta.bot_name, *BOT_SPEAKERS}:
+        return True
+    if speaker in {meta.user_name, *USER_SPEAKERS}:
+        return False
     raise BadRow("wrong type", f"说话人 {speaker} 既不是 {meta.bot_name} 也不是 {meta.user_name}")
 
 
@@ -228,15 +219,11 @@ def _pair(utterances: list[tuple[bool, str]]) -> list[list[str]]:
     return history
 
 
-# --- 4. What to do with them
+# --- 3. What to do with them
 
 
 def read_card(name_or_file) -> SessionMeta:
-    """A persona by the name of a shipped character, or from a JSON file: the four fields, or a character card V2.
-
-    Raises:
-        CharacterError: no such character or file, or not a valid persona.
-    """
+    """A persona by the name of a shipped character, or from a JSON file: the four fields, or a character card V2."""
     if str(name_or_file) in (shipped := load_characters()):
         return shipped[str(name_or_file)]
     content = read_json_object(Path(name_or_file))
@@ -247,21 +234,19 @@ def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """(training, held-out): a fixed tenth is held out, chosen by a hash of each sample's id.
 
     Where that leaves one of them empty, as when all begin with the same words, the hash is of the whole conversation.
-
-    Raises:
-        DataError: one of the two is still empty.
+    Raises `DataError` if one is still empty.
     """
     held_out = [sample.held_out for sample in samples]
     if len(set(held_out)) < 2:
+        print("按 id 或第一句话分不开，改按整段对话分出留出集 [split by whole conversations]", flush=True)
         held_out = [dataclasses.replace(sample, id=_content(sample)).held_out for sample in samples]
-        if len(set(held_out)) == 2:
-            print("按 id 或第一句话分不开，改按整段对话分出留出集 [split by whole conversations]", flush=True)
     if len(set(held_out)) < 2:
         raise DataError(
             f"数据太少，分不出训练集和留出集 [too few rows]：{len(samples)} 条可用的对话，{sum(held_out)} 条留出。"
             "请准备至少几十条；如果文件里不止这些，看看读取报告里哪些行没有用上"
         )
-    return [s for s, held in zip(samples, held_out) if not held], [s for s, held in zip(samples, held_out) if held]
+    training, kept = ([s for s, held in zip(samples, held_out) if held is side] for side in (False, True))
+    return training, kept
 
 
 def _content(sample: Sample) -> str:

@@ -3,10 +3,8 @@
 A row is `{"input_ids": [...], "labels": [...]}`, of equal length; where a label is -100, nothing is learned.
 """
 
-import bisect
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..characters.dialogues import Dialogue
+from ..chat.fitting import turns_to_drop
 from ..errors import DataError
 from ..model.kv_cache import common_prefix_length
 from ..model.tokenization import NEWLINE_ID
@@ -32,9 +31,9 @@ EMPTY_ROW = {"input_ids": [0], "labels": [IGNORED]}  # counts for nothing
 
 @dataclass(frozen=True)
 class Turn:
-    """What is said in one exchange, in tokens; `question` is empty for a greeting."""
+    """What is said in one exchange, in tokens."""
 
-    question: list[int]  # "[user]...\n"
+    question: list[int]  # "[user]...\n"; empty for a greeting
     reply: list[int]  # "...\n", as the model writes it after "[bot]"
     remembered: list[int]  # "[bot]...\n", as the line is read once it is history
 
@@ -73,58 +72,33 @@ def encode_lines(tokenizer, dialogue: Dialogue) -> tuple[list[int], list[int], l
 def encode(tokenizer, dialogue: Dialogue, max_length: int = MAX_LENGTH) -> list[dict]:
     """The rows to train on, for most conversations one: every reply right after the prompt that inference builds for it.
 
-    Raises:
-        BadRow: the persona, one line and its reply alone are longer than `max_length`.
+    Raises `BadRow` if the persona, one line and its reply alone are longer than `max_length`.
     """
     header, name, turns = encode_lines(tokenizer, dialogue)
     said = [0, *accumulate(len(turn.question) + len(turn.remembered) for turn in turns)]  # tokens before each turn
     rows: list[dict] = []
     first, goes_on = 0, False  # the oldest turn in the prompt; does the row so far begin the next prompt?
-
-    def add(ids: list[int], learned: bool) -> None:
-        rows[-1]["input_ids"] += ids
-        rows[-1]["labels"] += ids if learned else [IGNORED] * len(ids)
-
     for number, turn in enumerate(turns):
         if not turn.question:  # a greeting, which nobody asked for, is context
             continue
-
-        def length(start: int) -> int:
-            return len(header) + said[number] - said[start] + len(turn.question) + len(name)  # noqa: B023
-
+        asked = turn.question + name
+        whole = len(header) + said[number] + len(asked)
         room = max_length - len(turn.reply)
-        before, first = first, _first_turn(length, number, room, first)
-        if length(first) > room:
-            total = length(first) + len(turn.reply)
-            raise BadRow("too long", f"人设、一句话和回复共 {total} 个 token，最多 {max_length}")
+        before, first = first, turns_to_drop(lambda start: whole - said[start], number + 1, room, first)  # noqa: B023
+        if (needed := whole - said[first] + len(turn.reply)) > max_length:
+            raise BadRow("too long", f"人设、一句话和回复共 {needed} 个 token，最多 {max_length}")
         if not goes_on or first != before:
             rows.append({"input_ids": [], "labels": []})
-            add(header, learned=False)
-            for earlier in turns[first:number]:
-                add(earlier.question + earlier.remembered, learned=False)
-        add(turn.question, learned=False)
-        add(name, learned=False)
-        add(turn.reply, learned=True)  # its newline too: it ends the reply
+            earlier = [ids for past in turns[first:number] for ids in (*past.question, *past.remembered)]
+            asked = header + earlier + asked
+        rows[-1]["input_ids"] += asked + turn.reply
+        rows[-1]["labels"] += [IGNORED] * len(asked) + turn.reply  # with its newline, which ends the reply
         goes_on = turn.remembered == name + turn.reply
     return rows
 
 
-def _first_turn(length: Callable[[int], int], number: int, limit: int, dropped: int) -> int:
-    """The oldest turn in the prompt of turn `number`: as `helpers.chat` decides it (`fit_turns`), on lengths alone."""
-    if length(0) <= limit:
-        return 0
-    dropped = min(dropped, number)
-    if limit // 2 <= length(dropped) <= limit:
-        return dropped
-    return bisect.bisect_left(range(number), True, key=lambda start: length(start) <= limit * 3 // 4)
-
-
 def encode_samples(tokenizer, samples, max_length=MAX_LENGTH, report=None, on_bad_row="skip") -> list[dict]:
-    """The rows of all samples; what is too long is noted in `report` and left out.
-
-    Raises:
-        DataError: nothing is left, or something is too long and `on_bad_row` is "raise".
-    """
+    """The rows of all samples; what is too long is noted in `report` and left out, or, by "raise", a `DataError`."""
     report = DataReport("数据", rows=len(samples)) if report is None else report
     rows = []
     often = 0.1 if sys.stderr.isatty() else 10  # in a log, a line now and then
@@ -156,7 +130,6 @@ def describe_lengths(rows: list[dict], padded_to: int = 512) -> dict:
 
 
 def count_learned(rows: list[dict]) -> int:
-    """How many tokens of the rows are learned."""
     return sum(label != IGNORED for row in rows for label in row["labels"])
 
 

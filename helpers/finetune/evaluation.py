@@ -2,9 +2,8 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pandas as pd
@@ -40,16 +39,11 @@ def perplexity(model, rows: list[dict], batch_size: int = 8) -> float:
     return math.exp(total / count)
 
 
-def base_only(model):
-    """A context in which a model with an adapter computes as its base."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-
-
-def perplexity_before_and_after(model, rows: list[dict], batch_size: int = 8) -> tuple[float, float]:
-    """Perplexity of the base and of the tuned model on the same rows."""
-    with base_only(model):
-        before = perplexity(model, rows, batch_size)
-    return before, perplexity(model, rows, batch_size)
+def perplexity_before_and_after(model, rows: list[dict]) -> tuple[float, float]:
+    """Perplexity of the base and of the tuned model."""
+    with model.disable_adapter():
+        before = perplexity(model, rows)
+    return before, perplexity(model, rows)
 
 
 def base_ability(model, tokenizer, limit: int = 100) -> tuple[float, float]:
@@ -59,37 +53,34 @@ def base_ability(model, tokenizer, limit: int = 100) -> tuple[float, float]:
     return perplexity_before_and_after(model, encode_samples(tokenizer, held_out[::step]))
 
 
-def signature_words(replies: list[str], other_replies: list[str], count: int = 4) -> list[str]:
+def count_words(replies: list[str]) -> Counter:
+    """In how many replies each word is; a word is any 2 or 3 Chinese characters in a row."""
+    counts = Counter()
+    for reply in replies:
+        runs = [(run, n) for run in CHINESE.findall(reply) for n in (2, 3)]
+        words = [run[i : i + n] for run, n in runs for i in range(len(run) - n + 1)]
+        counts.update(
+            dict.fromkeys(words, 1)
+        )  # not a set: of equally frequent words, the first in the text comes first
+    return counts
+
+
+def signature_words(replies: list[str], others: Counter, other_size: int, count: int = 4) -> list[str]:
     """The words by which a character is known, the most frequent first.
 
-    They are in at least 3 % of its replies, and there 20 times as often as in those of others. A word is any 2 or 3
-    Chinese characters in a row; one that hardly ever comes without a more frequent one (a piece of it) is left out.
+    They are in at least 3 % of its replies, and there 20 times as often as in the `other_size` replies that have the
+    words `others`. One that hardly ever comes without a more frequent one (a piece of it) is left out.
     """
-    others = {word: len(found) for word, found in _replies_by_word(other_replies).items()}
-    return _signature(_replies_by_word(replies), len(replies), others, len(other_replies), count)
-
-
-def _signature(own: dict[str, set[int]], size: int, others: dict[str, int], other_size: int, count=4) -> list[str]:
     words: list[str] = []
     covered: set[int] = set()
-    for word, found in sorted(own.items(), key=lambda item: -len(item[1])):
-        if len(found) / size < max(0.03, 20 * others.get(word, 0) / max(1, other_size)):
+    for word, times in count_words(replies).most_common():
+        if times / len(replies) < max(0.03, 20 * others[word] / max(1, other_size)):
             continue
+        found = {number for number, reply in enumerate(replies) if word in reply}
         if len(found - covered) > 0.1 * len(found):
             words.append(word)
             covered |= found
     return words[:count]
-
-
-def _replies_by_word(replies: list[str]) -> dict[str, set[int]]:
-    """For every run of 2 or 3 Chinese characters, which replies have it."""
-    found: dict[str, set[int]] = {}
-    for number, reply in enumerate(replies):
-        for run in CHINESE.findall(reply):
-            for n in (2, 3):
-                for start in range(len(run) - n + 1):
-                    found.setdefault(run[start : start + n], set()).add(number)
-    return found
 
 
 def repeats_itself(reply: str) -> bool:
@@ -118,27 +109,22 @@ class Voice:
     @classmethod
     def learn(cls, bot_name: str, replies: list[str]) -> "Voice":
         """From the character's training replies and the dialogues of the shipped characters."""
-        said: dict[str, list[str]] = {}
+        said = defaultdict(list)
         for dialogue in load_dialogues():
             if dialogue.card.bot_name != bot_name:
-                said.setdefault(dialogue.card.bot_name, []).extend(reply for _, reply in dialogue.history)
-        words = {name: _replies_by_word(texts) for name, texts in said.items()}  # once: this is what takes the time
-        everyone, size = Counter(), sum(map(len, said.values()))
-        for found in words.values():
-            everyone.update({word: len(numbers) for word, numbers in found.items()})
-        theirs = []
-        for name, found in words.items():
-            others = {word: everyone[word] - len(numbers) for word, numbers in found.items()}
-            theirs += [f"我是{name}", *_signature(found, len(said[name]), others, size - len(said[name]))]
-        own = _signature(_replies_by_word(replies), len(replies), everyone, size)
+                said[dialogue.card.bot_name] += [reply for _, reply in dialogue.history]
+        everybody = [reply for texts in said.values() for reply in texts]
+        counts, theirs = count_words(everybody), []
+        for name, texts in said.items():
+            others = counts - count_words(texts)
+            theirs += [f"我是{name}", *signature_words(texts, others, len(everybody) - len(texts))]
+        own = signature_words(replies, counts, len(everybody))
         return cls(tuple(own), tuple(word for word in theirs if not any(word in reply for reply in replies)))
 
     def in_voice(self, reply: str) -> bool:
-        """Whether the reply has a word that is the character's own."""
         return any(word in reply for word in self.own_words)
 
     def breaks_character(self, reply: str) -> bool:
-        """Whether the reply speaks as somebody else, or as an assistant."""
         return any(word in reply for word in (*self.other_words, *ASSISTANT_TALK))
 
 
@@ -180,7 +166,7 @@ def compare(model, tokenizer, dialogues: list[Dialogue], voice: Voice, *, seed: 
     for position, dialogue in enumerate(dialogues):
         query, wanted = dialogue.history[-1]
         options = {"history": dialogue.history[:-1], "seed": seed + position, **generation}
-        with base_only(model):
+        with model.disable_adapter():
             base, _ = chat(model, tokenizer, dialogue.card, query, **options)
         tuned, _ = chat(model, tokenizer, dialogue.card, query, **options)
         lines.append((query, wanted, base, tuned))

@@ -13,6 +13,8 @@ from ..errors import FinetuneError
 from ..model.shapes import QKV, linear_shapes, lora_count
 from ..paths import new_folder
 
+SPARE_BYTES = 10_000_000  # for the tokenizer and JSON files beside the weights
+
 # The original code has one fused query_key_value; here it is three layers, each with an A and a B of its own.
 LORA_TARGETS = {
     "qkv": list(QKV),
@@ -22,16 +24,13 @@ LORA_TARGETS = {
 
 
 def lora_config(targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: float = 0.1) -> LoraConfig:
-    """PEFT's configuration.
+    """Raises `FinetuneError` for unknown targets and senseless values.
 
     Args:
         targets: a key of `LORA_TARGETS`.
         r: rank, the inner size of B A: more can be learned, and forgotten.
         alpha: B A is scaled by alpha / r, so that a change of r needs no other learning rate.
         dropout: share of the inputs of A set to zero while training.
-
-    Raises:
-        FinetuneError: unknown targets or a senseless value.
     """
     if targets not in LORA_TARGETS:
         raise FinetuneError(f"不认识的 targets [unknown targets]：{targets!r}，可选 {'、'.join(LORA_TARGETS)}")
@@ -44,19 +43,11 @@ def lora_config(targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: floa
 
 
 def add_lora(model, targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: float = 0.1):
-    """`model` with a new LoRA adapter, the only thing that is trained. Seed torch before: A starts random.
+    """`model` with a new LoRA adapter (see `lora_config`), the only thing that is trained. Seed torch: A starts random.
 
-    An adapter that is there already is taken off; a model quantised with bitsandbytes is prepared for training. Raises
-    as `lora_config`.
+    An adapter that is there already is taken off; a model quantised with bitsandbytes is prepared for training.
     """
     config = lora_config(targets, r, alpha, dropout)
-    model = _without_adapter(model)
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the trainer decides that
-    return get_peft_model(model, config)
-
-
-def _without_adapter(model):
     # PEFT would put the new adapter inside the old one's layers, and save it under names that fit no model. A base keeps
     # the layers of an adapter even where the PeftModel around it is forgotten, as when a notebook cell runs twice.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -65,7 +56,9 @@ def _without_adapter(model):
             base.set_submodule(name, module.get_base_layer())
     if hasattr(base, "peft_config"):
         del base.peft_config
-    return base
+    if getattr(base, "is_quantized", False):
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # the trainer decides that
+    return get_peft_model(base, config)
 
 
 def count_lora_parameters(config, targets: str = "qkv", r: int = 8) -> int:
@@ -103,13 +96,14 @@ def check_moved(model) -> None:
 def merge_adapter(model, tokenizer, directory: str | Path) -> Path:
     """Add the adapter to the weights of the base and save both as an ordinary model directory in the original layout.
 
-    `model` loses its adapter: it is the merged model afterwards. `directory` must be new or empty. A quantised base
-    should be loaded again in half precision for this.
+    `model` loses its adapter: it is the merged model afterwards. `directory` must be new or empty.
     """
     if getattr(model, "is_quantized", False):
         raise FinetuneError("量化的底模不能合并 [cannot merge into a quantised base]：请以半精度重新加载底模和 adapter")
     base, size = Path(model.get_base_model().name_or_path), model.get_memory_footprint()
-    with new_folder(Path(directory), {"model": size}, base) as folder:  # refused before the weights are changed
+    with new_folder(
+        Path(directory), {"model": size}, base, SPARE_BYTES
+    ) as folder:  # refused before the weights are changed
         model.merge_and_unload().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return Path(directory)

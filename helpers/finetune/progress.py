@@ -9,8 +9,7 @@ from transformers import TrainerCallback
 class LogLines(TrainerCallback):
     """Prints one line for every logging step and every evaluation."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Called by the Trainer with what it has measured."""
+    def on_log(self, args, state, control, logs, **kwargs):
         if not state.is_world_process_zero:
             return
         where = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}"
@@ -28,7 +27,6 @@ class LiveCurve(TrainerCallback):
         self.shown, self.drawn_at = None, 0.0
 
     def on_log(self, args, state, control, at_once=False, **kwargs):
-        """Called by the Trainer with what it has measured."""
         if not state.is_world_process_zero or (not at_once and time.monotonic() - self.drawn_at < 1):
             return
         import matplotlib.pyplot as plt
@@ -43,7 +41,6 @@ class LiveCurve(TrainerCallback):
         self.drawn_at = time.monotonic()
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Called by the Trainer at the end: the complete curve."""
         self.on_log(args, state, control, at_once=True)
 
 

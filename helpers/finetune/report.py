@@ -19,11 +19,7 @@ CAUSES = {
 
 
 class BadRow(Exception):
-    """One row cannot be used; `cause` is a key of `CAUSES`."""
-
-    def __init__(self, cause: str, detail: str):
-        super().__init__(detail)
-        self.cause, self.detail = cause, detail
+    """One row cannot be used: a key of `CAUSES`, and the detail."""
 
 
 @dataclass
@@ -37,15 +33,13 @@ class DataReport:
     unused: Counter = field(default_factory=Counter)  # in how many rows a field was left aside
 
     def add(self, line: int, bad: BadRow) -> None:
-        """Note a bad row."""
-        self.problems.append((line, bad.cause, bad.detail))
+        self.problems.append((line, *bad.args))
 
     def count_by_cause(self) -> Counter:
-        """How many bad rows there are of each cause."""
         return Counter(cause for _, cause, _ in self.problems)
 
     def check(self, on_bad_row: str, kept: list) -> None:
-        """Raise `DataError` if nothing is left, or if there are bad rows and they are fatal."""
+        """Raise `DataError` if nothing is left, or if there are bad rows and `on_bad_row` is "raise"."""
         if not kept:
             raise DataError(f"没有一行可用的数据 [no usable rows]：{self}")
         if self.problems and on_bad_row == "raise":

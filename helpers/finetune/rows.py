@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +21,28 @@ WRAPPED = re.compile(r'\s*\{\s*"(?:data|train|rows|instances)"\s*:\s*(?=\[)')  #
 def read_rows(file: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
     """(line number, value) of every row; the value is a `BadRow` where it cannot be read.
 
-    Args:
-        notes: what the reader of the report should know about the file is added to it.
-
-    Raises:
-        DataError: the file cannot be read.
+    What the reader of the report should know about the file is added to `notes`. Raises `DataError` if it is unreadable.
     """
-    name = Path(file.stem if file.suffix == ".gz" else file.name)
+    zipped = file.suffix == ".gz"
+    kind = Path(file.stem).suffix if zipped else file.suffix
     try:
-        if name.suffix == ".parquet":
-            yield from _read_parquet(file)
-            return
-        content = file.read_bytes()
-        text = _decode(gzip.decompress(content) if file.suffix == ".gz" else content, notes)
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            table = enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1)
+        else:
+            content = file.read_bytes()
+            text = _decode(gzip.decompress(content) if zipped else content, notes)
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"读不了数据文件 [cannot read file]：{file}（{error}）") from None
-    if name.suffix in (".csv", ".tsv"):
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if name.suffix == ".tsv" else ",")
-        yield from ((table.line_num, _without_empty(row)) for row in table)
-    else:
+    if kind in (".csv", ".tsv"):
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",")
+        table = ((reader.line_num, row) for row in reader)
+    elif kind != ".parquet":
         yield from _read_json(text)
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, dict]]:
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(file).to_pylist()
-    return ((number, _without_empty(row)) for number, row in enumerate(table, start=1))
-
-
-def _without_empty(row: dict) -> dict:
-    return {name: value for name, value in row.items() if value not in (None, "")}  # a table has all columns
+        return
+    for number, row in table:  # where every row has every column, filled or not
+        yield number, {name: value for name, value in row.items() if value not in (None, "")}
 
 
 def _decode(content: bytes, notes: list[str]) -> str:
@@ -59,23 +51,19 @@ def _decode(content: bytes, notes: list[str]) -> str:
         return content.decode("utf-16", errors="replace")
     # A byte that is not UTF-8 becomes U+FFFD, by which its row is recognised.
     text = content.decode("utf-8-sig", errors="replace")
-    not_ascii = len(text) - len(text.encode("ascii", errors="ignore"))
-    if text.count("\ufffd") > 0.1 * not_ascii:  # that is not a broken byte here and there
-        try:
+    if text.count("\ufffd") > 0.1 * sum(not letter.isascii() for letter in text):  # not a broken byte here and there
+        with suppress(UnicodeDecodeError):
             text = content.decode("gb18030")
             notes.append("文件是 GBK 编码，已照此读取 [read as GBK]")
-        except UnicodeDecodeError:
-            pass
     return text
 
 
 def _read_json(text: str) -> Iterator[tuple[int, Any]]:
     lines = text.split("\n")  # not splitlines(): U+2028 may stand in a JSON string
-    first = next((line for line in lines if line.strip()), "")
+    first = next(filter(str.strip, lines), "")
     if WRAPPED.match(text) or not isinstance(_parse(first), dict):
-        yield from _read_values(text)
-        return
-    yield from ((number, _parse(line)) for number, line in enumerate(lines, start=1) if line.strip())
+        return _read_values(text)
+    return ((number, _parse(line)) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _parse(line: str) -> Any:
@@ -99,20 +87,12 @@ def _read_values(text: str) -> Iterator[tuple[int, Any]]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            following = _next_object(text, position)
-            lost = "；从这里往后都没有读" if following is None else ""
-            yield line, BadRow("invalid json", f"{error}{lost}")
-            if following is None:
-                return
-            position = following
-        else:
-            yield line, value
+            # Go on at the next object, which begins in a line that is indented like the damaged one.
+            indent = text[text.rfind("\n", 0, position) + 1 : position]
+            position = -1 if indent.strip() else text.find(f"\n{indent}{{", position)
+            value = BadRow("invalid json", f"{error}{'；从这里往后都没有读' if position < 0 else ''}")
+        yield line, value
+        if position < 0:
+            return
     if in_array:
         yield line, BadRow("invalid json", "文件结束了，数组还没有：少了 ]")
-
-
-def _next_object(text: str, position: int) -> int | None:
-    """Where the next object begins after a damaged one: at a line that is indented like it."""
-    indent = text[text.rfind("\n", 0, position) + 1 : position]
-    found = -1 if indent.strip() else text.find(f"\n{indent}{{", position)
-    return None if found < 0 else found

@@ -66,7 +66,11 @@ def adapter_file(directory: Path) -> Path:
     config = directory / "adapter_config.json"
     if not config.is_file():
         raise damaged("这不是 LoRA adapter 目录 [not an adapter directory]", directory, f"缺少 {config.name}")
-    read_json(config)
+    if "query_key_value" in (read_json(config).get("target_modules") or []):
+        raise CheckpointError(
+            f"LoRA adapter 是为原版代码的 query_key_value 训练的 [adapter for the original code]：{directory}。这里 q、k、v 是三层："
+            "lora_A 三层各用一份，lora_B 按行切成 q、k、v（6B：4096、256、256 行）；或用同样的数据重新训练，见 notebook 04"
+        )
     names = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT prefers them
     file = next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
     check_weight_file(file, "请重新训练，或重新复制 adapter 目录")

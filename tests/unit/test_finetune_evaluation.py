@@ -22,7 +22,7 @@ from helpers.finetune import (
 )
 from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
 from helpers.finetune.encoding import IGNORED
-from helpers.finetune.evaluation import Comparison, distinct_2, repeats_itself, signature_words
+from helpers.finetune.evaluation import Comparison, count_words, distinct_2, repeats_itself, signature_words
 
 OTHERS = ["今天天气很好。", "我们去看书吧，书在桌上。", "（笑）你来了。"] * 20
 
@@ -88,7 +88,7 @@ def test_base_ability_is_measured_on_held_out_dialogues(nano, tuned):
 
 def test_signature_words_are_what_others_do_not_say():
     replies = ["洒家来了。", "洒家正要喝酒。", "兄弟莫怕，今天洒家在。", "今天好。"] * 10
-    words = signature_words(replies, OTHERS)
+    words = signature_words(replies, count_words(OTHERS), len(OTHERS))
     assert words[0] == "洒家"
     assert "今天" not in words  # others say it too
     assert "家来" not in words and "家正" not in words  # pieces that only come with a better word

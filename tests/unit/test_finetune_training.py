@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import helpers
 from helpers.cli.app import main
-from helpers.errors import CheckpointError, FinetuneError
+from helpers.errors import CheckpointError, FinetuneError, HelpersError
 from helpers.finetune import (
     add_lora,
     count_fused_lora_parameters,
@@ -38,6 +38,7 @@ from helpers.finetune import (
 )
 from helpers.finetune.checkpoints import last_complete_checkpoint, what_is_missing
 from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
+from helpers.finetune.compat import use_one_gpu
 from helpers.finetune.encoding import IGNORED
 from helpers.finetune.lora import check_moved
 from helpers.finetune.training import EpochGroupedSampler
@@ -164,11 +165,31 @@ def test_checkpointing_by_either_name_reaches_the_adapters(data, tmp_path, train
         ({"learning_rat": 1e-3}, r"unknown training argument.*learning_rate \[did you mean\]"),
         ({"eval_strategy": "sometimes"}, "invalid training argument"),
         ({"save_strategy": "no"}, "invalid training argument"),
+        ({"bf16": "abc"}, "invalid training argument.*bf16='abc'"),
+        ({"max_steps": 1.5}, "invalid training argument"),
+        ({"report_to": "comet_ml"}, "invalid training argument"),  # a package that is not installed
+        ({"evaluation_strategy": "no"}, r"eval_strategy \[did you mean\]"),
+        ({"group_by_length": True}, r"train_sampling_strategy=group_by_length \[did you mean\]"),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, chosen, message):
     with pytest.raises(FinetuneError, match=message):
         training_arguments(new_model(), tmp_path, **chosen)
+
+
+def test_words_are_typed_as_the_fields_are(tmp_path):
+    chosen = {"bf16": "false", "max_steps": 1e1, "weight_decay": "0.5", "run_name": 7, "data_seed": None}
+    arguments = training_arguments(None, tmp_path, **chosen)
+    assert [getattr(arguments, name) for name in chosen] == [False, 10, 0.5, "7", None]
+
+
+def test_one_process_uses_one_gpu(tmp_path, monkeypatch, capsys):
+    arguments = training_arguments(None, tmp_path, use_cpu=True)
+    assert arguments.n_gpu <= 1
+    monkeypatch.setattr(arguments, "_n_gpu", 2)
+    use_one_gpu(arguments)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+    assert "[one GPU is used]" in capsys.readouterr().out
 
 
 # --- the loss
@@ -309,6 +330,16 @@ def test_merged_model_is_an_ordinary_model_with_the_same_outputs(trained, tmp_pa
         helpers.load(tmp_path / "merged", dtype="float32", adapter=trained.directory)
 
 
+def test_merging_needs_room_for_the_model_only(trained, tmp_path, monkeypatch):
+    model, tokenizer = helpers.load("nano", dtype="float32", adapter=trained.directory)
+    monkeypatch.setattr("helpers.paths.free_bytes", lambda target: 1000)
+    with pytest.raises(HelpersError, match="not enough disk space"):
+        merge_adapter(model, tokenizer, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    monkeypatch.setattr("helpers.paths.free_bytes", lambda target: 100_000_000)
+    merge_adapter(model, tokenizer, tmp_path / "merged")
+
+
 def test_adapter_for_another_base_is_refused(trained, tmp_path):
     with pytest.raises(CheckpointError, match="adapter for another base"):
         add_adapter(AutoModelForCausalLM.from_pretrained(copy_compact(tmp_path / "m")), trained.directory)
@@ -316,6 +347,13 @@ def test_adapter_for_another_base_is_refused(trained, tmp_path):
     (foreign / "finetune.json").unlink()  # an adapter from elsewhere: only shapes and names can tell
     with pytest.raises(CheckpointError, match="adapter does not fit"):
         add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), foreign)
+
+
+def test_adapter_of_the_original_code_is_explained(trained, tmp_path):
+    foreign = shutil.copytree(trained.directory, tmp_path / "foreign")
+    edit_json(foreign / "adapter_config.json", lambda config: config.update(target_modules=["query_key_value"]))
+    with pytest.raises(CheckpointError, match=r"adapter for the original code.*lora_B"):
+        helpers.load("nano", adapter=foreign)
 
 
 def test_adapter_for_a_deeper_base_is_refused(trained, tmp_path):
@@ -485,6 +523,13 @@ def test_a_run_with_other_settings_is_not_resumed(data, trained, tmp_path, chang
     assert len(list(run.glob("checkpoint-*"))) == 2
 
 
+def test_a_run_of_other_processes_is_not_resumed(data, trained, tmp_path):
+    run = unfinish(shutil.copytree(trained.directory, tmp_path / "run"))
+    edit_json(run / "finetune.json", lambda record: record["settings"].update(processes=2))
+    with pytest.raises(FinetuneError, match="另一组设置.*output directory in use"):
+        finetune(new_model(), *data, run, **SHORT)
+
+
 def test_directory_that_cannot_be_written_stops_before_training(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FinetuneError, match="output directory not writable"):
@@ -641,6 +686,7 @@ REFUSED = {
     "folder twice": (["--set", "output_dir", "x"], "unknown training argument"),
     "batches of nothing": (["--set", "per_device_train_batch_size", "0"], "invalid training argument"),
     "not a number": (["--set", "weight_decay", "nan"], "invalid training argument"),
+    "not a truth value": (["--set", "bf16", "abc"], "invalid training argument"),
     "strategy": (["--set", "eval_strategy", "sometimes"], "invalid training argument"),
     "no data": (["--data", "nowhere.json"], "cannot read file"),
     "few rows": (["--data", FEW, "--card", "阿九"], "too few rows"),
