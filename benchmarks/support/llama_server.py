@@ -13,11 +13,11 @@ CONTEXT = 2048
 class LlamaServer:
     """A GGUF file, ready to answer."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, context: int = CONTEXT):
         import xllamacpp
 
         settings = xllamacpp.CommonParams()
-        settings.model.path, settings.n_ctx, settings.n_parallel = str(file), CONTEXT, 1
+        settings.model.path, settings.n_ctx, settings.n_parallel = str(file), context, 1
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
         settings.verbosity = 0
         self.server = xllamacpp.Server(settings)
