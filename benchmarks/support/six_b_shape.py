@@ -47,7 +47,8 @@ def resident_gb(file: Path, context: int) -> float:
     from llama_server import LlamaServer
 
     before = psutil.Process().memory_info().rss
-    LlamaServer(file, context).complete(list(range(100, 164)), 2)
+    server = LlamaServer(file, context)  # named: without a name it would be gone before the next line
+    server.complete(list(range(100, 164)), 2)
     return (psutil.Process().memory_info().rss - before) / 1e9
 
 
