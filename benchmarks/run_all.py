@@ -26,7 +26,10 @@ from support.figures_table import QUICK, RUN, redraw
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / QUICK
 TIMEOUT_SECONDS = 600  # a slow machine; a quiet one needs less for all of them
-NEEDS = {"cluster": ("ray", "requirements-cluster.txt")}  # optional packages, and where they are listed
+NEEDS = {
+    "cluster": ("ray", "requirements-cluster.txt"),
+    "laptop": ("xllamacpp", "requirements-dev.txt"),
+}  # optional packages, and where they are listed
 SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob("*.py")) if path.name != Path(__file__).name}
 
 

@@ -65,18 +65,39 @@ def new_folder(target: Path, sizes: dict[str, int], source: Path, margin: int = 
         HelpersError: the target is in use or not writable, or the disk is full. What was there is kept.
     """
     _check_usable(target, source)
-    check_disk_space(target, sum(sizes.values()) + margin)
+    with _beside(target, sum(sizes.values()) + margin) as work:
+        work.mkdir()
+        yield work
+        for file in work.iterdir():
+            _flush(file)
+        if target.exists():
+            target.rmdir()  # empty
+
+
+@contextmanager
+def new_file(target: Path, size: int) -> Iterator[Path]:
+    """As `new_folder`, for one file of `size` bytes, which must not be there yet."""
+    _check_is_new(target)
+    with _beside(target, size + MARGIN_BYTES) as work:
+        yield work
+        _flush(work)
+        _check_is_new(target)  # it may have come meanwhile
+
+
+def _check_is_new(target: Path) -> None:
+    if os.path.lexists(target):
+        raise HelpersError(f"目标已经存在 [target exists]：{target}。没有改动它，请换一个名字，或先移走它")
+
+
+@contextmanager
+def _beside(target: Path, needed: int) -> Iterator[Path]:
+    """A path on the target's disk, which is renamed to the target once the block has ended well."""
+    check_disk_space(target, needed)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so on the same disk.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.", suffix=".partial") as temporary:
             work = Path(temporary) / target.name
-            work.mkdir()
             yield work
-            for file in work.iterdir():
-                _flush(file)
-            if target.exists():
-                target.rmdir()  # empty
             work.rename(target)
     except HelpersError:
         raise
@@ -107,8 +128,9 @@ def _flush(file: Path) -> None:
 
 
 def _explained(error: Exception, target: Path) -> HelpersError:
-    # SafetensorError carries the number of the system's error in its text only.
-    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC})" in str(error):
+    # SafetensorError carries the number of the system's error in its text only; NumPy has none, only "9 requested and 4 written".
+    texts = (f"os error {errno.ENOSPC})", " requested and ")
+    if getattr(error, "errno", None) == errno.ENOSPC or any(text in str(error) for text in texts):
         return HelpersError(
             f"磁盘写满了 [disk full]：{target} 所在的磁盘。没有留下半份文件，请清理这个磁盘，或换一个更大的磁盘上的目录"
         )

@@ -4,29 +4,23 @@ What `import helpers` teaches transformers, the folder says by itself: the netwo
 is a `tokenizer.json`, and the prompt is in the chat template. docs/export.md tells what is in it and how to serve it.
 """
 
-import json
-import re
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, normalizers
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from ..characters.personas import DEFAULT_CHARACTER, SYSTEM_CHARACTER, SessionMeta, get_character
+from ..characters.personas import DEFAULT_CHARACTER, SessionMeta, get_character
 from ..chat.generation import STOP_IDS, GenerationParameters, model_defaults
 from ..errors import CheckpointError, HelpersError
 from ..model.adapters import adapter_card
 from ..model.checkpoint import read_json, weight_files
 from ..model.loading import load, pick_dtype, resolve_model
-from ..model.tokenization import CHAT_TEMPLATE
 from ..paths import new_folder
 from .safetensors_copy import check_copy, stored_dtype
+from .template import ESCAPE, ESCAPED, NOTHING, folder_template
 
 SHARD_SIZE = "2GB"  # of the files written
-EXPORT_TEMPLATE = Path(__file__).with_name("export_template.jinja").read_text(encoding="utf-8")
-# The template writes these after a character that could begin a control token; see its last lines. They are
-# noncharacters, which Unicode keeps for use inside programs. What is left in the text is what the user wrote.
-NOTHING, ESCAPED, ESCAPE = "\ufdd0\ufdd2", "\ufdd0\ufdd1", "\ufdd0"
 
 
 def export_model(model, directory, *, adapter=None, dtype: str = "auto") -> Path:
@@ -47,16 +41,13 @@ def export_model(model, directory, *, adapter=None, dtype: str = "auto") -> Path
             quantised. What was there is kept.
     """
     source, target = resolve_model(model), Path(directory).expanduser()
-    if read_json(source / "config.json").get("quantization_config"):
-        raise HelpersError(
-            f"量化的模型不能导出 [quantised model]：{source}。请导出半精度的原模型，需要量化时让 vLLM 在加载时量化"
-        )
+    check_not_quantised(source)
     stored = stored_dtype(source)
     chosen = stored if dtype == "auto" else pick_dtype(dtype, "cpu", source)[0]
     sizes = {file.name: file.stat().st_size * chosen.itemsize // stored.itemsize for file in weight_files(source)}
     with new_folder(target, sizes, source) as work:
         loaded, tokenizer = load(source, dtype=chosen, device_map="cpu", adapter=adapter)
-        plain = plain_model(loaded if adapter is None else _merged(loaded, adapter))
+        plain = plain_model(loaded if adapter is None else merged(loaded, adapter))
         plain.save_pretrained(work, max_shard_size=SHARD_SIZE)
         check_copy(work, plain)
         persona = adapter and adapter_card(adapter) or get_character(DEFAULT_CHARACTER)
@@ -110,26 +101,20 @@ def plain_tokenizer(tokenizer, persona: SessionMeta, context: int) -> PreTrained
         model_input_names=tokenizer.model_input_names,
         model_max_length=context,
     )
-    plain.chat_template = plain_template(persona)
+    plain.chat_template = folder_template(persona)
     return plain
 
 
-def plain_template(persona: SessionMeta) -> str:
-    """The chat template of an exported folder: the project's own, between the choice of a persona and the prefix."""
-    fields = SessionMeta.model_json_schema()["properties"]
-    constants = {
-        "DEFAULT_PERSONA": {name: getattr(persona, name) for name in fields},
-        "EMPTY_PERSONA": {name: field.get("default", "") for name, field in fields.items()},
-        "SYSTEM_CHARACTER": SYSTEM_CHARACTER,
-        "LONGEST_TEXTS": {name: field["maxLength"] for name, field in fields.items()},
-    }
-    written = [f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in constants.items()]
-    # The block that marks what the model says is for training, which takes the original; few programs know the tag.
-    prompt = re.sub(r"\{%- *(end)?generation *-%\}|\{#.*?#\}", "", CHAT_TEMPLATE, flags=re.DOTALL)
-    return EXPORT_TEMPLATE.replace("{#- CONSTANTS -#}", "\n".join(written)).replace("{#- PROMPT -#}", prompt.strip())
+def check_not_quantised(source: Path) -> None:
+    """Raise `HelpersError` if the directory holds bitsandbytes' weights, which no copy is made of."""
+    if read_json(source / "config.json").get("quantization_config"):
+        raise HelpersError(
+            f"量化的模型不能导出 [quantised model]：{source}。请导出半精度的原模型，需要量化时让 vLLM 在加载时量化"
+        )
 
 
-def _merged(loaded, adapter):
+def merged(loaded, adapter):
+    """The model with its adapter added to the weights."""
     if not hasattr(loaded, "merge_and_unload"):
         raise HelpersError(
             f"这种 adapter 不能合并进权重 [cannot merge]：{adapter}。请换 LoRA 的 adapter（见 notebook 04）"

@@ -22,10 +22,14 @@ FLOAT32_BYTES = 4
 # Per weight of a linear layer. int8: one byte. nf4 with double quantisation: half a byte, one byte of scale for each
 # 64 weights, and 4 bytes for each 256 such scales (QLoRA, arXiv 2305.14314, section 3). Both leave the rest in `dtype`.
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+# Per weight of the whole model in a GGUF file (docs/laptop.md). q8_0: a scale of 2 bytes for 32 weights. q4_k_m: what
+# llama-quantize makes of the 6B, 4.08 GB; of a small model somewhat more.
+GGUF_BYTES = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_k_m": 4_076_569_000 / 6_243_584_000}
+GGUF_BATCH = 512  # tokens of a prompt that llama.cpp reads at a time, in float32
 CHOICES = {
     "task": ("chat", "lora", "download"),
     "dtype": tuple(DTYPES),
-    "quantization": (None, *QUANTIZED_BYTES),
+    "quantization": (None, *QUANTIZED_BYTES, *GGUF_BYTES),
     "lora_targets": tuple(linear_shapes(CharacterGLMConfig())),
 }
 
@@ -83,23 +87,29 @@ def estimate(
         task: "chat" (reply to a prompt of `tokens` tokens), "lora" (train an adapter with AdamW) or "download".
         model: "6b" (its files need not be there), "nano", a model directory, or a model's config.
         dtype: of the computation and of the weights that are not quantised: a name in `loading.DTYPES`.
-        quantization: None, "int8" or "nf4" for the weights of the linear layers. Not measured yet: needs a GPU.
+        quantization: None, "int8" or "nf4" for the weights of the linear layers (not measured yet: needs a GPU); or the
+            kind of a GGUF file for "chat" in llama.cpp, on a CPU or a GPU: "f16", "bf16", "q8_0", "q4_k_m".
         batch, tokens: conversations or rows at a time, and the tokens of each.
         lora_rank, lora_targets, checkpointing: as in PEFT and the Trainer; an adapter is trained in float32.
         gpu: GPU memory in GiB; by default this machine's, or 24 without a GPU.
     """
     _check(task=task, dtype=dtype, quantization=quantization, batch=batch, tokens=tokens, lora_rank=lora_rank)
     _check(lora_targets=lora_targets, mbit_per_second=mbit_per_second)
+    if quantization in GGUF_BYTES and task != "chat":
+        raise HelpersError(f"GGUF 文件只能用来聊天 [invalid quantization]：{task} 请用 None、int8 或 nf4")
     config, width = _config(model), DTYPES[dtype].itemsize
     if task == "download":
         parts = {"下载": 2 * parameter_count(config)}  # stored in half precision
         return Estimate(task, parts, seconds=parts["下载"] * 8 / (mbit_per_second * 1e6))
     parts = {"权重": weight_bytes(config, width, quantization)}
-    if task == "chat":
+    if quantization in GGUF_BYTES:  # a cache in float16
+        parts |= _chat_parts(config, 2, batch * tokens)
+        parts["激活"] = _chat_parts(config, FLOAT32_BYTES, min(batch * tokens, GGUF_BATCH))["激活"]
+    elif task == "chat":
         parts |= _chat_parts(config, width, batch * tokens)
     else:
         parts |= _lora_parts(config, width, batch * tokens, lora_rank, lora_targets, checkpointing)
-    if quantization:  # one linear layer at a time is turned back into `dtype`
+    if quantization in QUANTIZED_BYTES:  # one linear layer at a time is turned back into `dtype`
         parts["激活"] += width * max(rows * columns for rows, columns in linear_shapes(config).values())
     return Estimate(task, parts, gpu or gpu_gib() or USUAL_GPU_GIB)
 
@@ -133,6 +143,8 @@ def _linear_count(config) -> int:
 
 def weight_bytes(config, width: int, quantization: str | None = None) -> int:
     """Bytes of the weights, `width` bytes each unless quantised."""
+    if quantization in GGUF_BYTES:
+        return round(parameter_count(config) * GGUF_BYTES[quantization])
     quantized = _linear_count(config) if quantization else 0
     return round(quantized * QUANTIZED_BYTES.get(quantization, 0)) + (parameter_count(config) - quantized) * width
 

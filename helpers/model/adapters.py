@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..characters.personas import SessionMeta, as_session_meta, read_json_object
+from ..errors import CheckpointError
 from .checkpoint import check_weight_file, damaged, read_json, stored_tensors
 
 ADAPTER_RECORD = "finetune.json"  # what `helpers.finetune` writes beside an adapter: how it was trained, on what base

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import helpers
 from helpers.errors import HelpersError
-from helpers.inspect.estimate import QUANTIZED_BYTES, lora_count, parameter_count, weight_bytes
+from helpers.inspect.estimate import GGUF_BYTES, QUANTIZED_BYTES, lora_count, parameter_count, weight_bytes
 from helpers.model.loading import NANO_DIR
 from helpers.model.modeling import CharacterGLMConfig
 
@@ -48,6 +48,17 @@ def test_quantisation_leaves_embeddings_and_head_alone(quantization):
     quantized = sum(weight.numel() for weight in linear)
     expected = quantized * QUANTIZED_BYTES[quantization] + 2 * (model.num_parameters() - quantized)
     assert weight_bytes(SIX_B, 2, quantization) == pytest.approx(expected, abs=1)
+
+
+def test_a_gguf_file_in_llama_cpp():
+    """Its weights are as large as the file; an adapter cannot be trained on it."""
+    gigabytes = {kind: weight_bytes(SIX_B, 2, kind) / 1e9 for kind in GGUF_BYTES}
+    assert gigabytes == pytest.approx({"f16": 12.49, "bf16": 12.49, "q8_0": 6.63, "q4_k_m": 4.08}, abs=0.01)
+    four_bits = helpers.estimate("chat", quantization="q4_k_m", tokens=4096, gpu=8)
+    assert four_bits.fits and not helpers.estimate("chat", quantization="f16", gpu=8).fits
+    assert four_bits.parts["KV cache"] == 4096 * 28 * 1024
+    with pytest.raises(HelpersError, match=r"\[invalid quantization\]"):
+        helpers.estimate("lora", quantization="q4_k_m")
 
 
 @pytest.mark.slow

@@ -37,7 +37,26 @@ FILES |= {"chat_template.jinja"}
 NEW_TOKENS = 24
 CONTROL = ["<unk>", "<s>", "</s>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<0x0A>", "[gMASK]<sop>"]
 MARKS = ["\ufdd0", "\ufdd1", "\ufdd2", "\ufdd0\ufdd1", "\ufdd0\ufdd2", "<\ufdd0", "[\ufdd2"]  # those of the template
-HOSTILE = [*CONTROL, *MARKS, "<", "[", "]", ">", "gMASK]", "[gMA", "\n", "\r\n", "\u2028", "sop", " ", "▁", "</", "😀"]
+SPACES = ["\u3000", "\xa0", "\x85", "\x1c", "\v", "\t"]
+HOSTILE = [
+    *SPACES,
+    *CONTROL,
+    *MARKS,
+    "<",
+    "[",
+    "]",
+    ">",
+    "gMASK]",
+    "[gMA",
+    "\n",
+    "\r\n",
+    "\u2028",
+    "sop",
+    " ",
+    "▁",
+    "</",
+    "😀",
+]
 
 
 def user(content) -> dict:
@@ -262,12 +281,8 @@ BAD_CHATS = {
     "blank name": ([user("a")], persona(bot_name=" \n")),
     "null name": ([user("a")], persona(user_name=None)),
     "number": ([user("a")], persona(bot_info=5)),
-    "long name": ([user("a")], persona(bot_name="x" * 65)),
-    "long info": ([user("a")], persona(user_info="x" * 8001)),
-    "long with the system message": (
-        [{"role": "system", "content": "y" * 100}, user("a")],
-        persona(bot_info="x" * 7950),
-    ),
+    "wide spaces for a name": ([user("a")], persona(bot_name="\u3000\u2003")),
+    "number for an info": ([user("a")], persona(bot_info="x", user_info=0)),
     "text for a persona": ([user("a")], "苏梦远"),
     "unknown role": ([{"role": "tool", "content": "a"}], persona()),
     "number for a text": ([user(5)], persona()),
