@@ -65,16 +65,17 @@ def count_words(replies: list[str]) -> Counter:
     return counts
 
 
-def signature_words(replies: list[str], others: Counter, other_size: int, count: int = 4) -> list[str]:
+def signature_words(replies: list[str], everybody: Counter, size: int, count: int = 4) -> list[str]:
     """The words by which a character is known, the most frequent first.
 
-    They are in at least 3 % of its replies, and there 20 times as often as in the `other_size` replies that have the
-    words `others`. One that hardly ever comes without a more frequent one (a piece of it) is left out.
+    They are in at least 3 % of its replies, and there 20 times as often as in those of others; `everybody` has the words
+    of all `size` replies, its own included. One that hardly ever comes without a more frequent one is left out.
     """
     words: list[str] = []
     covered: set[int] = set()
     for word, times in count_words(replies).most_common():
-        if times / len(replies) < max(0.03, 20 * others[word] / max(1, other_size)):
+        others = (everybody[word] - times) / max(1, size - len(replies))
+        if times / len(replies) < max(0.03, 20 * others):
             continue
         found = {number for number, reply in enumerate(replies) if word in reply}
         if len(found - covered) > 0.1 * len(found):
@@ -116,9 +117,8 @@ class Voice:
         everybody = [reply for texts in said.values() for reply in texts]
         counts, theirs = count_words(everybody), []
         for name, texts in said.items():
-            others = counts - count_words(texts)
-            theirs += [f"我是{name}", *signature_words(texts, others, len(everybody) - len(texts))]
-        own = signature_words(replies, counts, len(everybody))
+            theirs += [f"我是{name}", *signature_words(texts, counts, len(everybody))]
+        own = signature_words(replies, counts + count_words(replies), len(everybody) + len(replies))
         return cls(tuple(own), tuple(word for word in theirs if not any(word in reply for reply in replies)))
 
     def in_voice(self, reply: str) -> bool:

@@ -88,7 +88,7 @@ def test_base_ability_is_measured_on_held_out_dialogues(nano, tuned):
 
 def test_signature_words_are_what_others_do_not_say():
     replies = ["洒家来了。", "洒家正要喝酒。", "兄弟莫怕，今天洒家在。", "今天好。"] * 10
-    words = signature_words(replies, count_words(OTHERS), len(OTHERS))
+    words = signature_words(replies, count_words(OTHERS + replies), len(OTHERS + replies))
     assert words[0] == "洒家"
     assert "今天" not in words  # others say it too
     assert "家来" not in words and "家正" not in words  # pieces that only come with a better word
