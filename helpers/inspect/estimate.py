@@ -87,8 +87,8 @@ def estimate(
         task: "chat" (reply to a prompt of `tokens` tokens), "lora" (train an adapter with AdamW) or "download".
         model: "6b" (its files need not be there), "nano", a model directory, or a model's config.
         dtype: of the computation and of the weights that are not quantised: a name in `loading.DTYPES`.
-        quantization: None, "int8" or "nf4" for the weights of the linear layers (not measured yet: needs a GPU); or the
-            kind of a GGUF file for "chat" in llama.cpp, on a CPU or a GPU: "f16", "bf16", "q8_0", "q4_k_m".
+        quantization: None; "int8" or "nf4" for the weights of the linear layers (not measured yet: needs a GPU); or, for
+            "chat" in llama.cpp, the kind of a GGUF file: "f16", "bf16", "q8_0", "q4_k_m".
         batch, tokens: conversations or rows at a time, and the tokens of each.
         lora_rank, lora_targets, checkpointing: as in PEFT and the Trainer; an adapter is trained in float32.
         gpu: GPU memory in GiB; by default this machine's, or 24 without a GPU.
@@ -102,9 +102,8 @@ def estimate(
         parts = {"下载": 2 * parameter_count(config)}  # stored in half precision
         return Estimate(task, parts, seconds=parts["下载"] * 8 / (mbit_per_second * 1e6))
     parts = {"权重": weight_bytes(config, width, quantization)}
-    if quantization in GGUF_BYTES:  # a cache in float16
-        parts |= _chat_parts(config, 2, batch * tokens)
-        parts["激活"] = _chat_parts(config, FLOAT32_BYTES, min(batch * tokens, GGUF_BATCH))["激活"]
+    if quantization in GGUF_BYTES:
+        parts |= _gguf_parts(config, batch * tokens)
     elif task == "chat":
         parts |= _chat_parts(config, width, batch * tokens)
     else:
@@ -112,6 +111,11 @@ def estimate(
     if quantization in QUANTIZED_BYTES:  # one linear layer at a time is turned back into `dtype`
         parts["激活"] += width * max(rows * columns for rows, columns in linear_shapes(config).values())
     return Estimate(task, parts, gpu or gpu_gib() or USUAL_GPU_GIB)
+
+
+def _gguf_parts(config, tokens: int) -> dict[str, int]:
+    activations = _chat_parts(config, FLOAT32_BYTES, min(tokens, GGUF_BATCH))["激活"]
+    return _chat_parts(config, 2, tokens) | {"激活": activations}  # 2: llama.cpp keeps its cache in float16
 
 
 def _check(**arguments) -> None:
