@@ -5,6 +5,7 @@ Counted are the tensors that PyTorch holds at the peak (`torch.cuda.max_memory_a
 (`benchmarks/memory_estimate.py`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,36 +82,37 @@ def estimate(
     gpu: float | None = None,
     mbit_per_second: float = 100,
 ) -> Estimate:
-    """The memory a task takes at its peak, or the time a download takes; HelpersError if an argument makes no sense.
+    """The memory a task takes at its peak, or the time a download takes.
 
     Args:
         task: "chat" (reply to a prompt of `tokens` tokens), "lora" (train an adapter with AdamW) or "download".
-        model: "6b" (its files need not be there), "nano", a model directory, or a model's config.
-        dtype: of the computation and of the weights that are not quantised: a name in `loading.DTYPES`.
-        quantization: None; "int8" or "nf4" for the weights of the linear layers (not measured yet: needs a GPU); or, for
-            "chat" in llama.cpp, the kind of a GGUF file: "f16", "bf16", "q8_0", "q4_k_m".
-        batch, tokens: conversations or rows at a time, and the tokens of each.
-        lora_rank, lora_targets, checkpointing: as in PEFT and the Trainer; an adapter is trained in float32.
-        gpu: GPU memory in GiB; by default this machine's, or 24 without a GPU.
+        model: "6b" (its files need not be there), "nano", a directory or a config. dtype: in `loading.DTYPES`.
+        quantization: None, "int8", "nf4" (not measured: needs a GPU); in llama.cpp "f16", "bf16", "q8_0", "q4_k_m".
+        batch, tokens: conversations or rows at a time, and the tokens of each; the rest as in PEFT and the Trainer.
+        gpu: in GiB; by default this machine's, or 24 without a GPU.
     """
-    _check(task=task, dtype=dtype, quantization=quantization, batch=batch, tokens=tokens, lora_rank=lora_rank)
-    _check(lora_targets=lora_targets, mbit_per_second=mbit_per_second)
-    if quantization in GGUF_BYTES and task != "chat":
-        raise HelpersError(f"GGUF 文件只能用来聊天 [invalid quantization]：{task} 请用 None、int8 或 nf4")
+    numbers = {"batch": batch, "tokens": tokens, "lora_rank": lora_rank, "mbit_per_second": mbit_per_second}
+    _check(task=task, dtype=dtype, quantization=quantization, lora_targets=lora_targets, **numbers)
+    _check_gguf(task, quantization)
     config, width = _config(model), DTYPES[dtype].itemsize
     if task == "download":
-        parts = {"下载": 2 * parameter_count(config)}  # stored in half precision
-        return Estimate(task, parts, seconds=parts["下载"] * 8 / (mbit_per_second * 1e6))
-    parts = {"权重": weight_bytes(config, width, quantization)}
+        size = 2 * parameter_count(config)  # stored in half precision
+        return Estimate(task, {"下载": size}, seconds=size * 8 / (mbit_per_second * 1e6))
+    parts, tokens = {"权重": weight_bytes(config, width, quantization)}, batch * tokens
     if quantization in GGUF_BYTES:
-        parts |= _gguf_parts(config, batch * tokens)
+        parts |= _gguf_parts(config, tokens)
     elif task == "chat":
-        parts |= _chat_parts(config, width, batch * tokens)
+        parts |= _chat_parts(config, width, tokens)
     else:
-        parts |= _lora_parts(config, width, batch * tokens, lora_rank, lora_targets, checkpointing)
+        parts |= _lora_parts(config, width, tokens, lora_rank, lora_targets, checkpointing)
     if quantization in QUANTIZED_BYTES:  # one linear layer at a time is turned back into `dtype`
-        parts["激活"] += width * max(rows * columns for rows, columns in linear_shapes(config).values())
+        parts["激活"] += width * max(math.prod(shape) for shape in linear_shapes(config).values())
     return Estimate(task, parts, gpu or gpu_gib() or USUAL_GPU_GIB)
+
+
+def _check_gguf(task: str, quantization: str | None) -> None:
+    if quantization in GGUF_BYTES and task != "chat":
+        raise HelpersError(f"GGUF 文件只能用来聊天 [invalid quantization]：{task} 请用 None、int8 或 nf4")
 
 
 def _gguf_parts(config, tokens: int) -> dict[str, int]:
