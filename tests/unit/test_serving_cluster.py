@@ -2,6 +2,7 @@
 
 import asyncio
 import builtins
+import contextlib
 import ipaddress
 import json
 import os
@@ -34,6 +35,8 @@ def cluster(tmp_path_factory):
     port = free_port(20000 + os.getpid() % 20000)
     with Server("nano", log_file=log, port=port, api_key=KEY, options=OPTIONS) as server:
         server.client = httpx.Client(base_url=server.url, trust_env=False, timeout=120, headers=bearer())
+        # Ready is who has one replica.
+        wait_until(lambda: len(set(served_by(server, 8))) == REPLICAS, seconds=120)
         yield server
 
 
@@ -140,15 +143,17 @@ def test_what_is_not_there(tmp_path, options, message):
 def test_two_replicas_and_the_ports_that_ray_opens(cluster):
     """All on 127.0.0.1, but for one of each replica: docs/scaling.md says how to close that."""
     assert len(replicas(cluster)) == REPLICAS
-    listening = [
-        (process.pid, connection.laddr)
-        for process in processes(cluster)
-        for connection in process.net_connections()
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    listening = [(process, address) for process in processes(cluster) for address in listens(process)]
     assert cluster.port in {address.port for _, address in listening}
-    reachable = [pid for pid, address in listening if not is_loopback(address.ip)]
-    assert sorted(reachable) == sorted(replicas(cluster))
+    reachable = [(process, address) for process, address in listening if not is_loopback(address.ip)]
+    assert sorted(process.pid for process, _ in reachable) == sorted(replicas(cluster)), reachable
+
+
+def listens(process) -> list:
+    """The addresses on which a process listens; none if it has ended meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [found.laddr for found in process.net_connections() if found.status == psutil.CONN_LISTEN]
+    return []
 
 
 def is_loopback(ip: str) -> bool:

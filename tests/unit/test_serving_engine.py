@@ -87,7 +87,7 @@ def assert_as_alone(model, requests, replies):
         assert reply == one_at_a_time(model, prompt, chosen)
 
 
-@pytest.mark.parametrize("slots", [16, 2, 1])
+@pytest.mark.parametrize("slots", [16, pytest.param(2, marks=pytest.mark.slow), 1])
 def test_replies_are_those_of_generate(nano, prompts, slots):
     requests, at_once = mixed_requests(prompts), []
 
@@ -354,7 +354,7 @@ def test_adapters_beside_the_base_model(nano, prompts, adapter):
 
 def test_many_requests_leave_nothing_in_memory(nano, prompts):
     async def scenario(engine):
-        for _ in range(12):
+        for _ in range(4):
             generations = [engine.generate(prompt, parameters(max_new_tokens=2)) for prompt in prompts]
             generations[0].cancel()
             await asyncio.gather(*[read(generation) for generation in generations[1:]])
