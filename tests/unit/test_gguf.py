@@ -20,7 +20,6 @@ from helpers.cli.app import app
 from helpers.errors import CheckpointError, HelpersError
 from helpers.export.template import LINE_BREAKS
 from helpers.finetune.lora import add_lora
-from helpers.serving.prompts import chat_prompt
 from helpers.serving.schemas import ChatRequest
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install -r requirements.txt")
@@ -154,7 +153,7 @@ def texts() -> list[str]:
     generator = random.Random(0)
     lines = [line for dialogue in load_dialogues()[:120] for pair in dialogue.history for line in pair if line]
     made = ["".join(generator.choice(HOSTILE) for _ in range(generator.randint(1, 8))) for _ in range(200)]
-    return [*CONTROL, "", " ", "  two  spaces ", "a\tb", "👩‍👩‍👧‍👦", "\x00"[:0], *generator.sample(lines, 400), *made]
+    return [*CONTROL, "", " ", "  two  spaces ", "a\tb", "👩‍👩‍👧‍👦", "\x00"[:0], *generator.sample(lines, 320), *made]
 
 
 @pytest.mark.parametrize("vocabulary", ["nano", "real"])
@@ -234,7 +233,7 @@ REQUESTS = {
 @pytest.mark.parametrize("what", REQUESTS)
 def test_a_request_gives_the_prompt_of_our_own_server(nano, own, what):
     body = REQUESTS[what]
-    meta, turns = chat_prompt(ChatRequest.model_validate(body), None)
+    meta, turns = ChatRequest.model_validate(body).conversation(None)
     assert nano.prompt(**body) == prompt_ids(own[1], [message for turn in turns for message in turn], meta)
 
 
