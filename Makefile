@@ -3,7 +3,7 @@ VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 SETUP_FILES := requirements.txt requirements-cluster.txt requirements-dev.txt constraints.txt pyproject.toml scripts/setup.sh
 # One thread a process: two that wait for each other on two cores take minutes instead of seconds.
-PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --durations=10
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
