@@ -725,7 +725,7 @@ ADAPTER_DAMAGES = {
         lambda d: edit_json(
             d / "adapter_config.json", lambda config: config.update(target_modules=["query_key_value"])
         ),
-        r"\[adapter for the original code\].*query_key_value",
+        r"query_key_value.*\[adapter for the original code\]",
     ),
 }
 
