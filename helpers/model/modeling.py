@@ -132,8 +132,7 @@ class CharacterGLMForCausalLM(GlmForCausalLM):
 def _one_clear_error(path):
     """Without transformers' table of the weights that it made up: they are refused, in one line."""
     log = logging.getLogger("transformers.modeling_utils")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    log.addFilter(_is_error)  # not setLevel: a level of its own makes transformers report on tensor parallelism
     try:
         yield
     except RuntimeError as error:
@@ -142,7 +141,11 @@ def _one_clear_error(path):
         # The only conversion is the split of query_key_value, at the sizes that the config gives.
         raise unusable_weights(path, WRONG_SHAPE, "的 query_key_value 不能分成 q、k、v") from error
     finally:
-        log.setLevel(level)
+        log.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def keep_quantised_layout(model) -> None:

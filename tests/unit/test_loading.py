@@ -975,3 +975,9 @@ def test_bin_is_loaded_without_a_second_copy_in_memory(tmp_path, record_property
     assert 0.9 < resident < 1.15  # below 0.9 the weights were not really read
     assert kept < 0.1  # in their own dtype they stay in the files
     assert 0.9 < converted < 1.15  # with all shards beside the model it is 1.3
+
+
+def test_loading_says_nothing_that_is_not_ours(run_command):
+    done = run_command("-c", "import helpers; helpers.load('nano')")
+    said = [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    assert done.returncode == 0 and said == [] and done.stdout == ""
