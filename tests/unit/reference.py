@@ -71,3 +71,15 @@ def edit_weights(directory: Path, change: Callable[[dict], object]) -> None:
         weights = torch.load(directory / shard, weights_only=True)
         change(weights)
         torch.save(weights, directory / shard)
+
+
+def user(content) -> dict:
+    return {"role": "user", "content": content}
+
+
+def bot(content) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def persona(**fields) -> dict:
+    return {"bot_name": "苏梦远", "bot_info": "歌手。", "user_name": "陆星辰", "user_info": "导演。", **fields}

@@ -15,7 +15,20 @@ import numpy as np
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
-from reference import COMPACT, INDEX, NANO, SHARDS, copy_compact, edit_json, edit_weights, shared, train_tokenizer
+from reference import (
+    COMPACT,
+    INDEX,
+    NANO,
+    SHARDS,
+    bot,
+    copy_compact,
+    edit_json,
+    edit_weights,
+    persona,
+    shared,
+    train_tokenizer,
+    user,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
 from typer.testing import CliRunner
@@ -57,18 +70,6 @@ HOSTILE = [
     "</",
     "😀",
 ]
-
-
-def user(content) -> dict:
-    return {"role": "user", "content": content}
-
-
-def bot(content) -> dict:
-    return {"role": "assistant", "content": content}
-
-
-def persona(**fields) -> dict:
-    return {"bot_name": "苏梦远", "bot_info": "歌手。", "user_name": "陆星辰", "user_info": "导演。", **fields}
 
 
 CHATS = [

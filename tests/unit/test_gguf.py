@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from reference import copy_compact, edit_json, edit_weights, shared, train_tokenizer
+from reference import bot, copy_compact, edit_json, edit_weights, persona, shared, train_tokenizer, user
 from typer.testing import CliRunner
 
 import helpers
@@ -63,18 +63,6 @@ HOSTILE = [
     "'",
     "😀",
 ]
-
-
-def user(content) -> dict:
-    return {"role": "user", "content": content}
-
-
-def bot(content) -> dict:
-    return {"role": "assistant", "content": content}
-
-
-def persona(**fields) -> dict:
-    return {"bot_name": "苏梦远", "bot_info": "歌手。", "user_name": "陆星辰", "user_info": "导演。", **fields}
 
 
 class Engine:
