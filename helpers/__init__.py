@@ -27,6 +27,7 @@ if not _is_located_as_a_command():
     from .errors import HelpersError
     from .export.plain import export_model
     from .inspect.estimate import Estimate, estimate
+    from .inspect.parameters import check_parameters
     from .inspect.preflight import memory, preflight
     from .inspect.receipt import write_receipt
     from .inspect.xray import prompt_xray
@@ -44,6 +45,7 @@ __all__ = [
     "LoadChoice",
     "SessionMeta",
     "chat",
+    "check_parameters",
     "choose",
     "download_model",
     "estimate",
