@@ -13,7 +13,10 @@ from papermill.translators import papermill_translators
 
 from helpers.tools.refresh import PERSONAL_PATH, WIDGET_VIEW
 
-MAX_CELL_LINES = 15
+MAX_CELL_LINES = 12
+MAX_FILE_LINES = 40  # of a script that a cell writes
+MAX_CELLS = 45
+EXERCISES = 4
 MAX_FILE_BYTES = 300_000
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUMBERING = re.compile(r"^(?:第\s*\d+\s*步|步骤\s*\d+|\d+(?:\.\d+)*)[\s.、:：·—-]*")
@@ -120,9 +123,53 @@ def code_cells_have_source(notebook: NotebookNode) -> list[str]:
 
 
 def code_cells_are_short(notebook: NotebookNode) -> list[str]:
-    """A code cell has at most 15 lines."""
-    sizes = ((n, len(cell.source.splitlines())) for n, cell in _numbered(notebook))
-    return [f"code cell {n} has {size} lines" for n, size in sizes if size > MAX_CELL_LINES]
+    """A code cell has at most 12 lines of code; a script that it writes to a file, 40."""
+    problems = []
+    for n, cell in _numbered(notebook):
+        size = sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in cell.source.splitlines())
+        if size > (MAX_FILE_LINES if cell.source.startswith("%%writefile") else MAX_CELL_LINES):
+            problems.append(f"code cell {n} has {size} lines")
+    return problems
+
+
+def code_is_plain(notebook: NotebookNode) -> list[str]:
+    """No walrus, no lambda, no comprehension inside another: a newcomer reads these cells."""
+    problems = []
+    comprehensions = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+    for n, cell in _numbered(notebook):
+        for node in ast.walk(parse(cell)):
+            if isinstance(node, ast.NamedExpr | ast.Lambda):
+                problems.append(f"code cell {n} has a {type(node).__name__}")
+            if isinstance(node, comprehensions):
+                inner = [part for part in ast.walk(node) if isinstance(part, comprehensions)]
+                if len(inner) > 1 or len(node.generators) > 1:
+                    problems.append(f"code cell {n} has a nested comprehension")
+    return problems
+
+
+def notebook_is_short(notebook: NotebookNode) -> list[str]:
+    """At most 45 cells."""
+    return [] if len(notebook.cells) <= MAX_CELLS else [f"{len(notebook.cells)} cells"]
+
+
+def exercises(notebook: NotebookNode) -> list[tuple[str, str]]:
+    """(solution, check) of each exercise: the code folded away in a text cell, and the check cell right after it.
+
+    The first line of a check cell is `answer_1 = None ...`; the solution takes its place.
+    """
+    found = []
+    for text, check in zip(notebook.cells, notebook.cells[1:]):
+        if check.cell_type == "code" and re.match(r"answer_\d = None", check.source):
+            solution = re.search(r"<details>.*?^```python\n(.*?)^```.*?</details>", text.source, re.MULTILINE | re.DOTALL)
+            found.append((solution[1] if solution else "", check.source))
+    return found
+
+
+def has_exercises(notebook: NotebookNode) -> list[str]:
+    """Four exercises, each with a folded solution and a check cell."""
+    found = exercises(notebook)
+    problems = [] if len(found) == EXERCISES else [f"{len(found)} exercises"]
+    return problems + [f"no folded solution before: {check.splitlines()[0]}" for solution, check in found if not solution]
 
 
 def execution_counts_are_in_order(notebook: NotebookNode) -> list[str]:
@@ -271,6 +318,8 @@ CONTENT_RULES = (
     every_parameter_is_read,
     code_cells_have_source,
     code_cells_are_short,
+    code_is_plain,
+    notebook_is_short,
     execution_counts_are_in_order,
     no_error_outputs,
     no_widget_state,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from rules import exercises
 
 from helpers.cli.app import main
 from helpers.network import port_is_free
@@ -61,6 +62,31 @@ def test_plain_papermill_runs_a_notebook_from_any_folder(run_command, tmp_path: 
     done = run_command("-m", "papermill", str(path), "out.ipynb", "-p", "MODEL", "nano", "--no-progress-bar")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "outputs" / "receipt_01.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_cell_runs_twice_and_every_solution_is_right(number: str, tmp_path: Path) -> None:
+    """Readers run a cell again; exercises start where the notebook ends."""
+    (path,) = find_notebooks([number])
+    notebook = nbformat.read(path, as_version=4)
+    solved = []
+    for solution, check in exercises(notebook):
+        _, _, rest = check.partition("\n")
+        solved.append(nbformat.v4.new_code_cell(f"{solution}\n{rest}"))
+    twice = []
+    for cell in notebook.cells:
+        again = [nbformat.v4.new_code_cell(cell.source)] if cell.cell_type == "code" else []
+        twice += [cell, *again] if "parameters" not in cell.metadata.get("tags", []) else [cell]
+    notebook.cells = twice + solved
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    nbformat.write(notebook, folder / path.name)
+    (result,) = runner.run_notebooks([number], model="nano", output_dir=tmp_path / "out", notebooks_dir=folder)
+    assert result.status == "ok", result.failure
+    executed = nbformat.read(tmp_path / "out" / result.executed, as_version=4).cells[-len(solved) :]
+    said = ["".join(output.get("text", "") for output in cell.outputs) for cell in executed]
+    assert all(text.startswith("对") for text in said), said
 
 
 @pytest.mark.slow

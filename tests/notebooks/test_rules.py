@@ -54,7 +54,12 @@ BROKEN = [
     (rules.every_parameter_is_read, parameters("STEPS = 3  # read\nEXTRA = 1  # never read")),
     (rules.every_parameter_is_read, lambda notebook: notebook.cells[3].update(source="STEPS = 4")),
     (rules.code_cells_have_source, lambda notebook: notebook.cells[2].update(source=" \n")),
-    (rules.code_cells_are_short, code("\n".join(["x = 1"] * 15))),
+    (rules.code_cells_are_short, code("\n".join(["x = 1"] * 12))),
+    (rules.code_is_plain, code("if (n := 3) > 2:\n    pass")),
+    (rules.code_is_plain, code("add = lambda a: a + 1")),
+    (rules.code_is_plain, code("[[a for a in b] for b in []]")),
+    (rules.code_is_plain, code("[a for b in [] for a in b]")),
+    (rules.notebook_is_short, lambda notebook: notebook.cells.extend(new_markdown_cell("x") for _ in range(41))),
     (rules.execution_counts_are_in_order, lambda notebook: notebook.cells[3].update(execution_count=7)),
     (rules.execution_counts_are_in_order, lambda notebook: notebook.cells[1].update(execution_count=None)),
     (rules.no_error_outputs, output(output_type="error", ename="KeyError", evalue="'x'", traceback=[])),
@@ -114,12 +119,30 @@ def test_no_content_rule_is_untested() -> None:
         text("```bash\n# 不是标题\n```"),
         code("%matplotlib inline\n!ls ."),
         code("RATIO = f'{STEPS}:1'"),
+        code("# why\n" + "\n".join(["x = 1"] * 11)),
+        code("[a for a in [1]]"),
         parameters('MODEL = "auto"  # which\nOUTPUT_DIR = "o"  # where\nSTEPS = -1  # all'),
     ],
 )
 def test_rules_leave_honest_cells_alone(good_notebook: NotebookNode, allowed: Callable) -> None:
     allowed(good_notebook)
     assert problems_by_rule(good_notebook) == {}
+
+
+EXERCISE = "### 1\n<details><summary>答案</summary>\n\n```python\nanswer_1 = 2\n```\n\n</details>"
+CHECK = "answer_1 = None  # 你的答案\nif answer_1 is None:\n    print('还没有作答')"
+
+
+def test_exercises_are_found_with_their_solutions(good_notebook: NotebookNode) -> None:
+    good_notebook.cells += [new_markdown_cell(EXERCISE), new_code_cell(CHECK)] * 4
+    assert rules.exercises(good_notebook) == [("answer_1 = 2\n", CHECK)] * 4
+    assert rules.has_exercises(good_notebook) == []
+
+
+def test_a_missing_exercise_or_solution_is_noticed(good_notebook: NotebookNode) -> None:
+    assert rules.has_exercises(good_notebook) == ["0 exercises"]
+    good_notebook.cells += [new_markdown_cell("no solution"), new_code_cell(CHECK)]
+    assert rules.has_exercises(good_notebook)[1].startswith("no folded solution")
 
 
 HEADINGS = "# 01-甲 部署调用\n## 1. 环境准备 Environment\n## 步骤 2：部署（Deploy）"

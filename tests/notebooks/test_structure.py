@@ -62,6 +62,11 @@ def test_notebook_is_small(path: Path) -> None:
 
 
 @for_every_notebook
+def test_exercises_have_solutions(path: Path) -> None:
+    assert rules.has_exercises(read(path)) == []
+
+
+@for_every_notebook
 def test_relative_links_resolve(path: Path) -> None:
     assert rules.relative_links_resolve(read(path), path.parent) == []
 
