@@ -160,7 +160,9 @@ def exercises(notebook: NotebookNode) -> list[tuple[str, str]]:
     found = []
     for text, check in zip(notebook.cells, notebook.cells[1:]):
         if check.cell_type == "code" and re.match(r"answer_\d = None", check.source):
-            solution = re.search(r"<details>.*?^```python\n(.*?)^```.*?</details>", text.source, re.MULTILINE | re.DOTALL)
+            solution = re.search(
+                r"<details>.*?^```python\n(.*?)^```.*?</details>", text.source, re.MULTILINE | re.DOTALL
+            )
             found.append((solution[1] if solution else "", check.source))
     return found
 
@@ -169,7 +171,9 @@ def has_exercises(notebook: NotebookNode) -> list[str]:
     """Four exercises, each with a folded solution and a check cell."""
     found = exercises(notebook)
     problems = [] if len(found) == EXERCISES else [f"{len(found)} exercises"]
-    return problems + [f"no folded solution before: {check.splitlines()[0]}" for solution, check in found if not solution]
+    return problems + [
+        f"no folded solution before: {check.splitlines()[0]}" for solution, check in found if not solution
+    ]
 
 
 def execution_counts_are_in_order(notebook: NotebookNode) -> list[str]:
