@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, set_seed
 
 from ..errors import FinetuneError
 from ..model.loading import load, quantization_config, resolve_model
-from ..paths import PROJECT_DIR, new_folder
+from ..paths import PROJECT_DIR, check_new_folder
 from .arguments import check_arguments, training_arguments
 from .checkpoints import check_folder
 from .data import load_samples, read_card, replay_dialogues, split_samples
@@ -74,10 +74,14 @@ def check_run(model, output_dir, lora, training, quantization, overwrite, merge_
     if quantization is not None:
         quantization_config(quantization, torch.float32)
     path = resolve_model(model)
-    check_folder(Path(output_dir).expanduser().absolute(), overwrite)
+    directory = Path(output_dir).expanduser().absolute()
     if merge_to is not None:
-        with new_folder(Path(merge_to), {}, path, margin=0):
-            pass  # it can be made; it stays, empty, until the merged model is written
+        check_new_folder(Path(merge_to), path)
+        if Path(merge_to).absolute() in [directory, *directory.parents]:  # not empty after training
+            raise FinetuneError(
+                f"adapter 和合并后的模型要放在两个目录 [one folder for two]：{directory}。请换一个 --merge-to"
+            )
+    check_folder(directory, overwrite)
     return path
 
 

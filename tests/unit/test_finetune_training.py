@@ -532,14 +532,14 @@ def test_a_run_of_other_processes_is_not_resumed(data, trained, tmp_path):
 
 def test_directory_that_cannot_be_written_stops_before_training(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FinetuneError, match="output directory not writable"):
+    with pytest.raises(HelpersError, match="output directory not writable"):
         finetune(new_model(), *data, tmp_path / "file" / "run", **SHORT)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_directory_stops_before_training(data, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(FinetuneError, match="output directory not writable"):
+    with pytest.raises(HelpersError, match="output directory not writable"):
         finetune(new_model(), *data, tmp_path / "run", **SHORT)
 
 
@@ -700,6 +700,8 @@ REFUSED = {
     "merge into the base": (["--merge-to", NANO], "target not empty"),
     "merge inside the base": (["--merge-to", NANO / "merged"], "target inside the model"),
     "merge below a file": (["--merge-to", f"{FEW}/merged"], "cannot write"),
+    "merge over the adapter": (["--merge-to", "x", "--output-dir", "x/lora"], "one folder for two"),
+    "merge, but no data": (["--merge-to", "x", "--data", "nowhere.json"], "cannot read file"),
     "adapter into the base": (["--output-dir", NANO], "output directory is a model"),
     "a finished run": (["--output-dir", "finished"], "output directory in use"),
 }
@@ -716,4 +718,5 @@ def test_command_refuses_before_the_model_is_loaded(tmp_path, monkeypatch, capsy
     arguments, message = REFUSED[name]
     assert run_main(monkeypatch, *arguments) == 1
     assert message in capsys.readouterr().err
-    assert sorted(NANO.iterdir()) == before and not (tmp_path / "x").exists()
+    assert sorted(NANO.iterdir()) == before
+    assert not (tmp_path / "x").exists()
