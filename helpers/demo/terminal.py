@@ -56,7 +56,6 @@ def start(model, character: str | None, *, loading: dict, file=None, once=None, 
         file: an exported conversation or a card to open; `generation` goes before what it brings.
         once: answer only this.
     """
-    sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal's encoding lacks
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused by the session, by name
     GenerationParameters.check(generation)  # before a model is loaded, which may take a minute
     characters = characters_with(loading.get("adapter"))
