@@ -18,6 +18,7 @@ from ..model.modeling import native_state_dict
 from ..model.shapes import linear_shapes
 from ..paths import new_folder, write_json
 
+SPARE_BYTES = 1_000_000  # for the settings beside the weights
 PREFIX = "base_model.model."  # PEFT's, before the name of a layer
 
 
@@ -40,7 +41,7 @@ def convert_adapter(model: str | Path, adapter: str | Path, directory: str | Pat
     stored_tensors(file)  # refuses a pickle that holds more than tensors
     tensors = split_adapter(load_state_dict(file, map_location="cpu"), AutoConfig.from_pretrained(base), source)
     targets = sorted({name.split(".")[-3] for name in tensors})
-    with new_folder(target, {file.name: 3 * file.stat().st_size}, source) as work:
+    with new_folder(target, {file.name: 3 * file.stat().st_size}, source, margin=SPARE_BYTES) as work:
         save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(work / "adapter_config.json", settings | {"target_modules": targets})
     print(f"转换完成 [converted]：{target}。用法：helpers.load(..., adapter={str(target)!r})")
