@@ -33,7 +33,7 @@ def run_finetune(
         data: a file for `load_samples`; None: the shipped set, with its card.
         card: see `read_card`; None: every row brings its own persona, or has that of `adapter`.
         lora, training: arguments of `add_lora`, and fields of TrainingArguments.
-        adapter: directory of an adapter to go on from, without `lora`.
+        adapter: directory of an adapter to go on from, instead of a new one with `lora`.
         replay: how many dialogues of the shipped characters to mix in.
         merge_to: a new or empty folder for the merged model.
     """
@@ -70,11 +70,10 @@ def check_run(model, output_dir, lora, training, adapter, quantization, overwrit
         raise FinetuneError(
             "量化的底模不能合并 [cannot merge into a quantised base]：去掉 --merge-to，训练后以半精度重新加载再合并"
         )
-    lora_config(**lora)
-    if adapter is not None:
+    if adapter is None:
+        lora_config(**lora)
+    else:
         check_adapter(adapter)
-        if lora:
-            raise FinetuneError(f"接着训练时 {'、'.join(lora)} 由 adapter 决定 [adapter decides]：去掉这些选项")
     check_arguments(training)  # first: it might name the output_dir a second time
     training_arguments(None, output_dir, **training)
     if quantization is not None:

@@ -138,7 +138,7 @@ def gpu_gib() -> float:
 
 def pick_device(device_map="auto") -> tuple[str | int | torch.device | dict, str]:
     """The `device_map` to load with and the reason; `HelpersError` if it names what this machine does not have."""
-    if device_map is None:
+    if device_map in (None, {}):
         return "cpu", "设备由你指定"
     if device_map != "auto":
         if device_map not in SHARED_OUT:
