@@ -68,9 +68,9 @@ def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCa
     return {name: check_fields(CharacterCard, card, f"角色 {name} 的") for name, card in cards.items()}
 
 
-def get_character(name: str) -> CharacterCard:
-    """The shipped card called `name`; the error for an unknown one lists the known names."""
-    characters = load_characters()
+def get_character(name: str, characters: dict[str, SessionMeta] | None = None) -> SessionMeta:
+    """The card called `name`, by default a shipped one; the error for an unknown one lists the known names."""
+    characters = load_characters() if characters is None else characters
     if name not in characters:
         raise CharacterError(f"没有叫 {name!r} 的角色 [unknown character]，可选：{'、'.join(characters)}")
     return characters[name]

@@ -4,13 +4,15 @@ from typing import Annotated
 
 import typer
 
-from .options import PAIR, ModelName, Pairs, typed
+from .options import PAIR, ModelName, Pairs, refuse_together, typed
 
 
 def finetune(
+    context: typer.Context,
     model: ModelName = "auto",
     data: Annotated[str | None, typer.Option(help="JSON 或 JSONL 数据，默认鲁智深 [training data]")] = None,
     card: Annotated[str | None, typer.Option(help="角色名，或人设的 JSON 文件 [persona: name or file]")] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="接着训练这个 adapter [go on from it]")] = None,
     output_dir: Annotated[str, typer.Option(help="adapter 和 checkpoint 的目录 [where they go]")] = "outputs/lora",
     epochs: Annotated[float, typer.Option(min=0, help="训练几遍 [passes over the data]")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="每步几条，每个进程 [per device]")] = 4,
@@ -42,4 +44,6 @@ def finetune(
     }
     lora = {"targets": targets, "r": rank, "alpha": alpha, "dropout": dropout}
     options = {"replay": replay, "max_length": max_length, "quantization": quantization, "on_bad_row": on_bad_row}
-    run_finetune(model, data, card, output_dir, lora, training, overwrite=overwrite, merge_to=merge_to, **options)
+    refuse_together(context, "adapter", "targets", "rank", "alpha", "dropout")
+    options |= {"adapter": adapter, "overwrite": overwrite, "merge_to": merge_to}
+    run_finetune(model, data, card, output_dir, lora, training, **options)

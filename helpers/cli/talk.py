@@ -11,7 +11,9 @@ GENERATION = ("seed", "temperature", "top_p", "repetition_penalty", "max_new_tok
 
 def chat(
     model: ModelName = "auto",
-    character: Annotated[str, typer.Option(help="和谁聊 [character]")] = "苏梦远",
+    character: Annotated[
+        str | None, typer.Option(help="和谁聊，默认 adapter 自己的角色，没有就是苏梦远 [character]")
+    ] = None,
     adapter: Adapter = None,
     quantization: Quantization = None,
     compile: Compile = False,

@@ -23,4 +23,4 @@ from .lora import (
 )
 from .progress import plot_losses
 from .report import DataReport
-from .training import finetune
+from .training import continue_lora, finetune

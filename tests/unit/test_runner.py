@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from helpers.cli.app import app
 from helpers.cli.options import typed
+from helpers.errors import HelpersError
 from helpers.inspect.receipt import ReceiptError
 from helpers.paths import PROJECT_DIR
 from helpers.tools import runner
@@ -167,6 +168,15 @@ def test_only_a_receipt_of_this_run_counts(folder: Path, tmp_path: Path, good_no
 def test_notebooks_are_never_overwritten_by_a_run(folder: Path) -> None:
     with pytest.raises(RunError, match="overwrite"):
         run_notebooks([], output_dir=folder, notebooks_dir=folder)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = CliRunner().invoke(app, ["run", "01", "--model", "nano", "--output-dir", str(tmp_path / place)])
+    assert isinstance(done.exception, HelpersError)  # main() prints it
+    assert "[output directory not writable]" in str(done.exception) and "\n" not in str(done.exception)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def run_like_papermill(notebook: NotebookNode) -> NotebookNode:
