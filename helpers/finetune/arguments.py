@@ -11,8 +11,8 @@ from transformers.utils import is_in_notebook
 
 from ..errors import FinetuneError, did_you_mean
 
-# What a run does unless it is told otherwise stands here and nowhere else: `python -m helpers finetune` and train.py take
-# it from here, and a test compares the parameters of notebook 04 with it.
+# What a run does unless it is told otherwise stands here. train.py takes it from here; the options of the command and the
+# parameters of notebook 04 repeat it, where their readers look for it, and a test compares them.
 LORA_DEFAULTS = {"targets": "all-linear", "r": 8, "alpha": 32, "dropout": 0.1}
 REPLAY = 50  # dialogues of other characters
 LARGE_MODEL_PARAMETERS = 1e9
@@ -36,6 +36,12 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,  # every adapter takes part in every step
     "report_to": "none",
     "seed": 0,
+}
+# What the command calls some fields.
+SHORT_NAMES = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "learning_rate": "learning_rate",
 }
 # transformers 5 renamed these; the old names are known better, and would lose against a default under the new one.
 NEW_NAMES = {
@@ -90,10 +96,16 @@ def default_learning_rate(model) -> float:
 
 def default_settings() -> dict:
     """The defaults that a learner turns, by the names of the command's options; to be printed before a run."""
-    names = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
     rates = f"{LEARNING_RATES['small']:g}，10 亿参数以上 {LEARNING_RATES['large']:g}"
-    training = {name: DEFAULTS[field] for name, field in names.items()}
-    return {**LORA_DEFAULTS, **training, "learning_rate": rates, "replay": REPLAY}
+    training = {name: DEFAULTS.get(field, rates) for name, field in SHORT_NAMES.items()}
+    return {**LORA_DEFAULTS, **training, "replay": REPLAY}
+
+
+def describe_settings(lora: dict, training: dict, replay: int) -> str:
+    """One line with the settings of a run: the defaults, and what was chosen instead."""
+    chosen = {name: training[field] for name, field in SHORT_NAMES.items() if field in training}
+    settings = default_settings() | lora | chosen | {"replay": replay}
+    return "设置 [settings]：" + "，".join(f"{name} {value}" for name, value in settings.items())
 
 
 def check_arguments(chosen: dict) -> dict:

@@ -1,6 +1,7 @@
 """Training: what is trained, that runs survive being killed, and that failures explain themselves."""
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import helpers
 from helpers.cli.app import main
+from helpers.cli.finetune import finetune as command_options
 from helpers.errors import CheckpointError, FinetuneError, HelpersError
 from helpers.finetune import (
     add_lora,
@@ -128,6 +130,20 @@ def test_default_lora_config():
     assert (config.r, config.lora_alpha, config.lora_dropout) == tuple(default[n] for n in ("r", "alpha", "dropout"))
     assert config.target_modules == default["targets"] == "all-linear"
     assert set(lora_config("qkv").target_modules) == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_command_and_notebook_have_the_same_defaults():
+    default = default_settings() | {"learning_rate": None}
+    command = {name: option.default for name, option in inspect.signature(command_options).parameters.items()}
+    command["r"] = command.pop("rank")
+    assert [name for name in default if command[name] not in (None, default[name])] == []
+    (notebook,) = (REPOSITORY / "notebooks").glob("04_*.ipynb")
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    (parameters,) = (cell for cell in cells if cell["metadata"].get("tags") == ["parameters"])
+    exec("".join(parameters["source"]), given := {})
+    names = {"targets": "TARGETS", "r": "RANK", "batch_size": "BATCH_SIZE", "replay": "REPLAY"}
+    assert {name: given[parameter] for name, parameter in names.items()} == {name: default[name] for name in names}
+    assert (given["LEARNING_RATE"], given["MAX_LENGTH"]) == (0.0, command["max_length"])
 
 
 @pytest.mark.parametrize("wrong", [{"targets": "query_key_value"}, {"r": 0}, {"r": 1.5}, {"alpha": 0}, {"dropout": 1}])
