@@ -8,10 +8,10 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from ..errors import FinetuneError
-from ..model.adapters import adapter_card
+from ..model.adapters import adapter_card, adapter_file
 from ..model.loading import load, quantization_config, resolve_model
 from ..paths import PROJECT_DIR, check_new_folder
-from .arguments import check_arguments, training_arguments
+from .arguments import check_arguments, describe_settings, training_arguments
 from .checkpoints import check_folder
 from .data import load_samples, read_card, replay_dialogues, split_samples
 from .encoding import describe_lengths, encode_samples
@@ -49,6 +49,7 @@ def run_finetune(
     say(
         f"{report}\n训练集 [training]：{describe_lengths(train_rows)}\n留出集 [held out]：{describe_lengths(eval_rows)}"
     )
+    say(describe_settings(lora, training, replay))
     loaded, tokenizer = load(path, device_map=training_device(), quantization=quantization)
     set_seed(training.get("seed", 0))
     tuned = add_lora(loaded, **lora) if adapter is None else continue_lora(loaded, adapter)
@@ -58,7 +59,8 @@ def run_finetune(
     persona = samples[0].card if len(personas) == 1 else None
     result = finetune(tuned, train_rows, eval_rows, output_dir, card=persona, overwrite=overwrite, **training)
     before, after = perplexity_before_and_after(tuned, eval_rows)
-    say(f"留出集困惑度 [held-out perplexity]：{before:.1f} -> {after:.1f}。adapter 在 {output_dir}")
+    size = adapter_file(Path(output_dir).expanduser()).stat().st_size / 1e6
+    say(f"留出集困惑度 [held-out perplexity]：{before:.1f} -> {after:.1f}。adapter 在 {output_dir}（{size:.2f} MB）")
     if merge_to is not None and main_process:
         say(f"合并后的模型 [merged model]：{merge_adapter(tuned, tokenizer, Path(merge_to))}")
     return result

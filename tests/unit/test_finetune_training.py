@@ -1,6 +1,7 @@
 """Training: what is trained, that runs survive being killed, and that failures explain themselves."""
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import helpers
 from helpers.cli.app import main
+from helpers.cli.finetune import finetune as command_options
 from helpers.errors import CheckpointError, FinetuneError, HelpersError
 from helpers.export.original_adapter import convert_adapter
 from helpers.finetune import (
@@ -28,6 +30,7 @@ from helpers.finetune import (
     continue_lora,
     count_fused_lora_parameters,
     count_lora_parameters,
+    default_settings,
     encode_samples,
     finetune,
     load_samples,
@@ -89,7 +92,7 @@ def test_parameter_counts_of_the_6b():
     assert count_lora_parameters(config, "qv", 8) == 28 * 8 * ((4096 + q) + (4096 + kv))
     mlp = (4096 + 2 * 13696) + (13696 + 4096)
     all_linear = 28 * 8 * ((4096 + q) + 2 * (4096 + kv) + (q + 4096) + mlp)
-    assert count_lora_parameters(config, "all-linear", 8) == all_linear
+    assert count_lora_parameters(config, "all-linear", 8) == all_linear == 16_658_432
 
 
 def test_parameter_table_grows_with_the_rank():
@@ -102,7 +105,7 @@ def test_only_the_adapter_is_trained_and_it_moves(trained):
     for name, weight in trained.model.state_dict().items():
         assert torch.equal(weight, trained.before[name]) is ("lora_" not in name), name
     lora_b = [weight for name, weight in trained.model.named_parameters() if "lora_B" in name]
-    assert len(lora_b) == 4 * 3
+    assert len(lora_b) == 4 * 6
     assert all(weight.any() for weight in lora_b)
 
 
@@ -126,9 +129,24 @@ def test_the_count_is_that_of_peft(targets):
 
 
 def test_default_lora_config():
-    config = lora_config()
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 32, 0.1)
-    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj"}
+    config, default = lora_config(), default_settings()
+    assert (config.r, config.lora_alpha, config.lora_dropout) == tuple(default[n] for n in ("r", "alpha", "dropout"))
+    assert config.target_modules == default["targets"] == "all-linear"
+    assert set(lora_config("qkv").target_modules) == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_command_and_notebook_have_the_same_defaults():
+    default = default_settings() | {"learning_rate": None}
+    command = {name: option.default for name, option in inspect.signature(command_options).parameters.items()}
+    command["r"] = command.pop("rank")
+    assert [name for name in default if command[name] not in (None, default[name])] == []
+    (notebook,) = (REPOSITORY / "notebooks").glob("04_*.ipynb")
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    (parameters,) = (cell for cell in cells if cell["metadata"].get("tags") == ["parameters"])
+    exec("".join(parameters["source"]), given := {})
+    names = {"targets": "TARGETS", "r": "RANK", "batch_size": "BATCH_SIZE", "replay": "REPLAY"}
+    assert {name: given[parameter] for name, parameter in names.items()} == {name: default[name] for name in names}
+    assert (given["LEARNING_RATE"], given["MAX_LENGTH"]) == (0.0, command["max_length"])
 
 
 @pytest.mark.parametrize("wrong", [{"targets": "query_key_value"}, {"r": 0}, {"r": 1.5}, {"alpha": 0}, {"dropout": 1}])
@@ -138,7 +156,7 @@ def test_senseless_lora_is_refused(wrong):
 
 
 def test_lora_b_that_did_not_move_is_an_error(data, tmp_path):
-    with pytest.raises(FinetuneError, match=r"lora_B is still zero.*12 个"):
+    with pytest.raises(FinetuneError, match=r"lora_B is still zero.*24 个"):
         finetune(new_model(), *data, tmp_path, **{**SHORT, "learning_rate": 0.0})
     with pytest.raises(FinetuneError, match="lora_B is still zero"):
         check_moved(new_model())
@@ -191,7 +209,7 @@ def test_one_process_uses_one_gpu(tmp_path, monkeypatch, capsys):
     assert arguments.n_gpu <= 1
     monkeypatch.setattr(arguments, "_n_gpu", 2)
     use_one_gpu(arguments)
-    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
     assert "[one GPU is used]" in capsys.readouterr().out
 
 
