@@ -50,13 +50,14 @@ def converse(
     for turn in range(turns):
         seed = {"seed": generation["seed"] + turn} if "seed" in generation else {}
         reply = listener.send(line, **seed)
-        if problem := _reason_to_drop(reply, lines):
-            return Duet(lines, problem, speaker)
+        ended = reason_to_stop(reply, lines)
+        if ended in ("empty", "repeated"):  # nobody wants to read it
+            return Duet(lines, ended, speaker)
         line, speaker, listener = reply, listener, speaker
         lines.append((speaker.session_meta.bot_name, line))
         on_line(*lines[-1])
-        if GOODBYE.search(line):
-            return Duet(lines, "goodbye", speaker)
+        if ended:
+            return Duet(lines, ended, speaker)
     return Duet(lines, "turns", speaker)
 
 
@@ -75,7 +76,9 @@ def _facing(speaker: SessionMeta, other: SessionMeta, greeting: str = "") -> Cha
     return CharacterCard(user_name=other.bot_name, user_info=other.bot_info, **me)
 
 
-def _reason_to_drop(reply: str, lines: list[tuple[str, str]]) -> str:
+def reason_to_stop(reply: str, lines: list[tuple[str, str]]) -> str:
+    """Why a talk ends with this reply to the `lines` (name, text) so far: "empty", "repeated", "goodbye"; "" if it goes on."""
+
     def words(text: str) -> str:
         return re.sub(r"[（(].*?[）)]|[\W_]+", "", text)  # without punctuation, spaces and (stage directions)
 
@@ -84,4 +87,4 @@ def _reason_to_drop(reply: str, lines: list[tuple[str, str]]) -> str:
         return "empty"
     if any(difflib.SequenceMatcher(None, said, words(text), autojunk=False).ratio() >= SAME for _, text in lines):
         return "repeated"
-    return ""
+    return "goodbye" if GOODBYE.search(reply) else ""

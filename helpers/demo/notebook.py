@@ -93,6 +93,16 @@ class ChatPanel:
         self.view.picker.value = name
         self._show_conversation()
 
+    def close(self) -> None:
+        """Let go of the model. What was said stays on the page, but nothing can be done with it any more."""
+        if self.conversations is not None:
+            self.stop()
+            self.wait()
+        self.conversations = None  # ipywidgets keeps the widgets, and so this panel, as long as the kernel lives
+        view = self.view
+        for widget in (view.picker, view.input, view.upload, *view.buttons.values(), *view.sliders.values()):
+            widget.disabled = True
+
     def wait(self) -> None:
         """Return when the reply being written has ended and is drawn."""
         if self._drawing is not None:

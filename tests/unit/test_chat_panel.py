@@ -1,11 +1,13 @@
 """The notebook panel without a browser, on CharacterGLM-Nano: buttons are clicked, fields filled, threads joined."""
 
 import base64
+import gc
 import html
 import json
 import re
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from datetime import datetime
 
@@ -477,3 +479,17 @@ def test_imported_parameters_beyond_the_sliders_are_kept(nano, panel):
     panel.open(json.dumps(session.export()).encode())
     assert panel.session.generation == {"temperature": 5.0, "max_length": 9000}
     assert panel.view.sliders["temperature"].value == 5.0
+
+
+def test_a_closed_panel_shows_what_was_said_and_frees_the_model():
+    model, tokenizer = helpers.load("nano", dtype="float32", device_map="cpu")
+    panel, watch = ChatPanel(model, tokenizer, **GREEDY), weakref.ref(model)
+    say(panel, "你好")
+    said = shown(panel)
+    panel.close()
+    panel.close()
+    del model
+    gc.collect()
+    assert watch() is None
+    assert shown(panel) == said and len(said) == 3
+    assert all(button.disabled for button in panel.view.buttons.values())

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 import helpers
-from helpers.demo.duet import converse
+from helpers.demo.duet import converse, reason_to_stop
 from helpers.errors import ChatError
 from helpers.model.tokenization import NEWLINE_ID
 
@@ -81,6 +81,19 @@ def test_they_stop(nano, replies, ended, kept):
     assert talk.ended == ended
     assert talk.lines == [OPENING, *zip(["林舟", "阿九"] * 2, replies[:kept])]
     assert [text for entry in talk.session.history for text in entry if text] == [text for _, text in talk.lines]
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        ("像一面镜子。", ""),
+        ("（望着月亮）……", "empty"),
+        ("我们来聊聊星星吧！再见", "repeated"),
+        ("不早了，晚安。", "goodbye"),
+    ],
+)
+def test_a_reply_alone_says_whether_they_stop(reply, reason):
+    assert reason_to_stop(reply, [OPENING]) == reason
 
 
 @pytest.mark.parametrize(
