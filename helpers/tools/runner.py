@@ -209,6 +209,7 @@ def _execute(path: Path, copy: Path, parameters: dict[str, Any], current: Curren
         start_timeout=START_TIMEOUT_SECONDS,
         # The rest goes to nbclient. Widget state would make a copy ten times as large and is of no use in it.
         store_widget_state=False,
+        coalesce_streams=True,  # a streamed reply is one output, not one a token
         kernel_manager_class=InterpreterKernelManager,
         on_cell_start=current.on_cell_start,
     )

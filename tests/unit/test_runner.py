@@ -198,6 +198,7 @@ def test_strip_for_git_leaves_no_trace_of_the_run(good_notebook: NotebookNode) -
     code = executed.cells[-2]
     code.outputs[0].data[WIDGET_VIEW] = {"model_id": "1"}
     code.outputs.append(new_output("stream", text=f"wrote {PROJECT_DIR}/outputs/x.png in {PROJECT_DIR}\n"))
+    code.outputs.append(new_output("display_data", data={WIDGET_VIEW: {"model_id": "2"}, "text/plain": "0%|  | 0/31"}))
     code.outputs.append(new_output("display_data", data={"image/png": "aGk="}))
     cleaned = strip_for_git(executed)
 
