@@ -7,7 +7,6 @@ import pytest
 from nano.evaluate import SCRIPTED_QUESTIONS, evaluate
 from nano.everyday import read_rows
 
-
 import helpers
 from helpers.model.loading import NANO_DIR
 
