@@ -91,7 +91,11 @@ def check_fields(model: type[BaseModel], fields: Any, whose: str = "") -> Any:
 
 def field_problems(error: ValidationError, whole: str) -> str:
     """What pydantic found wrong, field by field, in one line; `whole` names a problem that belongs to no field."""
-    return "；".join(f"{'.'.join(map(str, e['loc'])) or whole}：{e['msg']}" for e in error.errors())
+
+    def place(parts: tuple) -> str:  # pydantic also names the types it has tried, which are no field's name
+        return ".".join(str(part) for part in parts if isinstance(part, int) or part.isidentifier()) or whole
+
+    return "；".join(f"{place(e['loc'])}：{e['msg']}" for e in error.errors())
 
 
 def read_json_object(file: Path) -> dict:

@@ -17,6 +17,7 @@ from ..characters.personas import (
     as_session_meta,
     field_problems,
     load_characters,
+    read_bytes,
 )
 from ..errors import CharacterError, DataError
 from .report import BadRow, DataReport
