@@ -95,7 +95,9 @@ class ChatSession:
     def swipe(self, step: int = 1) -> str:
         """Put another alternative into the history: the next (1) or the previous (-1). At either end nothing happens."""
         with self._changing():
-            query, _ = self._last_exchange()
+            if not self.history:
+                raise ChatError("还没有说过话 [no exchange yet]：先用 send 说一句")
+            query, _ = self.history[-1]
             replies = self.alternatives
             shown = min(max(self.alternative + step, 0), len(replies) - 1)
             self._others = (replies[:shown], replies[shown + 1 :])
@@ -150,7 +152,9 @@ class ChatSession:
             self.history: list[list[str]] = [["", greeting]] if greeting else []
             self.statistics: dict = {}  # of the last reply, see Reply.statistics
             self.dropped_turns = 0  # oldest exchanges that were not in the last prompt
-            self._others: tuple[list[str], list[str]] = ([], [])  # alternatives before and after the one shown
+            # Alternatives before and after the one shown; a card may have other greetings.
+            others = list(getattr(self.session_meta, "alternate_greetings", [])) if greeting else []
+            self._others: tuple[list[str], list[str]] = ([], others)
 
     def free_cache(self) -> None:
         """Give the memory of the KV cache back; the next reply computes its whole prompt again."""

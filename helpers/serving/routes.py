@@ -103,6 +103,7 @@ def count_tokens(exchanges: list[Exchange]) -> Usage:
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models", responses={401: {"model": ErrorBody}})
 async def models(request: Request) -> dict:
     """What a request may name as `model`."""
@@ -110,6 +111,7 @@ async def models(request: Request) -> dict:
     return {"object": "list", "data": [{"id": name, **MODEL} for name in names]}
 
 
+@router.head("/v1/models/{name:path}", include_in_schema=False)
 @router.get("/v1/models/{name:path}", responses=ERRORS)
 async def model(name: str, request: Request) -> dict:
     """One of them."""
@@ -126,6 +128,7 @@ async def other_interfaces() -> None:
     )
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses={503: {"description": "Loading, or the engine is down."}})
 async def health(request: Request) -> JSONResponse:
     """`ready` with 200, `loading` or `dead` with 503."""
@@ -133,6 +136,7 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse({"status": service.status, "model": service.name}, 200 if service.status == "ready" else 503)
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", response_class=Response, responses={401: {"model": ErrorBody}})
 async def metrics(request: Request) -> Response:
     """Counters for Prometheus."""

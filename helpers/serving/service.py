@@ -32,17 +32,26 @@ class Service:
     Args:
         model: "auto", "nano", "6b" or a directory, as for `helpers.load`; or a pair (model, tokenizer) already loaded.
         adapters: name to directory of LoRA adapters; a request chooses one by its name as `model`.
+        served_model_name: one more name for the model.
         engine_options: for `Engine`.
     """
 
-    def __init__(self, model="auto", adapters: dict[str, str | Path] | None = None, **engine_options):
+    def __init__(
+        self,
+        model="auto",
+        adapters: dict[str, str | Path] | None = None,
+        served_model_name: str | None = None,
+        **engine_options,
+    ):
         self.source, self.adapters, self.engine_options = model, dict(adapters or {}), engine_options
         self.name = ANY_MODEL if isinstance(model, tuple) else resolve_model(pick_model(model)[0]).name
         # An adapter speaks as the persona that is kept beside it.
         own_cards = {name: adapter_card(directory) for name, directory in self.adapters.items()}
         self.characters = load_characters() | {name: card for name, card in own_cards.items() if card}
         # `characterglm` works on every model, so that copied code does, too.
-        self.model_names = list(dict.fromkeys([self.name, ANY_MODEL, *self.adapters, *self.characters]))
+        self.model_names = list(
+            dict.fromkeys([self.name, *filter(None, [served_model_name]), ANY_MODEL, *self.adapters, *self.characters])
+        )
         self.engines: dict[str, Engine] = {}
         self.tokenizer = None
         self.defaults: dict = {}  # what the model's own files say about generation
@@ -132,15 +141,14 @@ class Service:
             input_ids, _, parameters.max_new_tokens = await asyncio.to_thread(
                 self._fit, persona, turns, parameters, context
             )
+            for number, generation in enumerate(generations):
+                seed = None if parameters.seed is None else (parameters.seed + number) % 2**63
+                generation.start(input_ids, parameters.model_copy(update={"seed": seed}))
+            return generations
         except BaseException:
             for generation in generations:
                 generation.cancel()
             raise
-        seeds = [None if parameters.seed is None else (parameters.seed + number) % 2**63 for number in range(n)]
-        return [
-            generation.start(input_ids, parameters.model_copy(update={"seed": seed}))
-            for generation, seed in zip(generations, seeds)
-        ]
 
     def _fit(self, *arguments):
         with self._tokenizer_lock:
