@@ -8,7 +8,7 @@ from ..characters.personas import as_session_meta
 from ..errors import BusyError, ChatError
 from ..model.kv_cache import new_cache
 from .chat import last, make_reply, read
-from .fitting import check_history, check_text, context_limit, encode_turns, history_to_messages
+from .fitting import check_history, check_text, context_limit, encode_turns, history_to_messages, with_examples
 from .generation import GenerationParameters, decode_reply, parameters_for
 from .reply import Reply
 
@@ -143,6 +143,8 @@ class ChatSession:
     def context_used(self) -> tuple[int, int]:
         """`(tokens, limit)`: how long the next prompt is before anything is typed, and how long prompt and reply may be."""
         turns = [history_to_messages(self.history[self.dropped_turns :]), [{"role": "user", "content": ""}]]
+        if not self.dropped_turns:
+            turns = with_examples(self.session_meta, turns)
         return len(encode_turns(self.tokenizer, self.session_meta, turns)), context_limit(self.model, self.parameters)
 
     def clear(self) -> None:

@@ -221,3 +221,18 @@ def test_bodies_in_other_forms(server):
         assert (
             all(word in message for word in problem.split(".*")) and "0x" not in message and "function-" not in message
         )
+
+
+# --- cards in a conversation
+
+
+def test_examples_and_greetings_of_a_card_in_a_session(server):
+    card = helpers.CharacterCard(**META, greeting="一", alternate_greetings=["二"], examples=[["冷吗", "不冷"]])
+    session = helpers.ChatSession(*server.service.source, card)
+    assert session.alternatives == ["一", "二"] and session.swipe() == "二"
+    assert session.history == [["", "二"]]
+    short = helpers.ChatSession(*server.service.source, card.model_copy(update={"examples": []}))
+    assert session.context_used()[0] > short.context_used()[0]
+    session.send("你好", max_new_tokens=2)
+    with pytest.raises(HelpersError, match="prompt too long.*人设"):
+        session.send("长" * 3000)
