@@ -192,6 +192,7 @@ class ChatSession:
         GenerationParameters.check(generation)  # before it becomes arguments
         session = cls(model, tokenizer, exported.get("session_meta"), **generation)
         session.history = [list(entry) for entry in history]
+        session._others = ([], [])  # not the greetings of the card
         shown = session.alternatives  # all that older exports have
         replies, position = exported.get("alternatives", shown), exported.get("alternative", 0)
         if not isinstance(replies, list) or type(position) is not int or replies[position : position + 1] != shown:
