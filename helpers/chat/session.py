@@ -95,9 +95,8 @@ class ChatSession:
     def swipe(self, step: int = 1) -> str:
         """Put another alternative into the history: the next (1) or the previous (-1). At either end nothing happens."""
         with self._changing():
-            if not self.history:
-                raise ChatError("还没有说过话 [no exchange yet]：先用 send 说一句")
-            query, _ = self.history[-1]
+            greets = len(self.alternatives) > 1  # a card may have several greetings
+            query, _ = self.history[-1] if greets else self._last_exchange()
             replies = self.alternatives
             shown = min(max(self.alternative + step, 0), len(replies) - 1)
             self._others = (replies[:shown], replies[shown + 1 :])
