@@ -107,7 +107,7 @@ def fit_prompt(
     input_ids, dropped = fit_turns(tokenizer, session_meta, turns, context - reserve, dropped)
     room = context - len(input_ids)
     if room < min(parameters.max_new_tokens, MIN_REPLY_TOKENS):
-        persona = len(encode_turns(tokenizer, session_meta, []))
+        persona = len(encode_turns(tokenizer, session_meta, [[{"role": "user", "content": ""}]]))
         longer = "人设" if persona * 2 > len(input_ids) else "这句话，或去掉示例"
         raise ChatError(
             f"人设和这句话太长 [prompt too long]：共 {len(input_ids)} 个 token（人设 {persona}，这句话和示例 "
