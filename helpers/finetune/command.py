@@ -49,7 +49,8 @@ def run_finetune(
     say(
         f"{report}\n训练集 [training]：{describe_lengths(train_rows)}\n留出集 [held out]：{describe_lengths(eval_rows)}"
     )
-    say(describe_settings(lora, training, replay))
+    if adapter is None:  # else its own settings hold
+        say(describe_settings(lora, training, replay))
     loaded, tokenizer = load(path, device_map=training_device(), quantization=quantization)
     set_seed(training.get("seed", 0))
     tuned = add_lora(loaded, **lora) if adapter is None else continue_lora(loaded, adapter)
@@ -58,12 +59,17 @@ def run_finetune(
     personas = {sample.card.model_dump_json() for sample in samples}
     persona = samples[0].card if len(personas) == 1 else None
     result = finetune(tuned, train_rows, eval_rows, output_dir, card=persona, overwrite=overwrite, **training)
-    before, after = perplexity_before_and_after(tuned, eval_rows)
-    size = adapter_file(Path(output_dir).expanduser()).stat().st_size / 1e6
-    say(f"留出集困惑度 [held-out perplexity]：{before:.1f} -> {after:.1f}。adapter 在 {output_dir}（{size:.2f} MB）")
+    say(describe_result(tuned, eval_rows, output_dir))
     if merge_to is not None and main_process:
         say(f"合并后的模型 [merged model]：{merge_adapter(tuned, tokenizer, Path(merge_to))}")
     return result
+
+
+def describe_result(tuned, eval_rows: list[dict], output_dir) -> str:
+    """What was gained on the held-out rows, where the adapter is, and its size."""
+    before, after = perplexity_before_and_after(tuned, eval_rows)
+    size = adapter_file(Path(output_dir).expanduser()).stat().st_size / 1e6
+    return f"留出集困惑度 [held-out perplexity]：{before:.1f} -> {after:.1f}。adapter 在 {output_dir}（{size:.2f} MB）"
 
 
 def check_run(model, output_dir, lora, training, adapter, quantization, overwrite, merge_to) -> Path:
