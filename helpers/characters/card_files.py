@@ -145,7 +145,8 @@ def chat_log(content: bytes) -> dict | None:
         lines = [json.loads(line) for line in content.decode("utf-8-sig").split("\n") if line.strip()]
     except (ValueError, RecursionError):
         return None
-    if not lines or not isinstance(lines[0], dict) or not {"user_name", "chat_metadata"} & lines[0].keys():
+    first = lines[0] if lines and isinstance(lines[0], dict) else {}
+    if not {"user_name", "chat_metadata"} & first.keys() or "bot_name" in first:  # a persona has a user_name, too
         return None
     names: dict[bool, str] = {}
     history: list[list[str]] = []

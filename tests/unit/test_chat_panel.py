@@ -371,7 +371,8 @@ def test_bad_file_is_refused_in_the_panel(panel, content):
     before = panel.conversations.names
     upload(panel, content)
     assert re.search(
-        r"\[(invalid JSON|not a JSON object|not an exported chat|damaged image|not a V2 card)\]", error(panel)
+        r"\[(invalid JSON|not a JSON object|not an exported chat|damaged image|no card in picture|not a character card)\]",
+        error(panel),
     )
     assert panel.conversations.names == before
     say(panel, "你好呀")

@@ -565,7 +565,8 @@ def test_a_batch_gives_loss_and_gradient_of_its_rows(nano_tokenizer, tuned, ship
     loss, gradient = loss_and_gradient(tuned, plain, counts)
     batched_loss, batched_gradient = loss_and_gradient(tuned, [batch(rows)], [sum(counts)])
     assert batched_loss == pytest.approx(loss, abs=1e-5)
-    assert torch.allclose(batched_gradient, gradient, atol=1e-5)
+    # Nano is sure of its lines: lines it never saw give gradients of the order of 1.
+    assert torch.allclose(batched_gradient, gradient, rtol=1e-3, atol=1e-4)
 
 
 def test_a_shared_prefix_is_there_once(nano_tokenizer, shipped):

@@ -79,7 +79,7 @@ def test_perplexity_switches_dropout_off(tuned, nano, samples):
 
 def test_base_ability_is_measured_on_held_out_dialogues(nano, tuned):
     before, after = base_ability(tuned, nano[1], limit=20)
-    assert 40 < before < 100  # data/nano/README.md: 64.5 on all of them
+    assert 100 < before < 2000  # Nano knows its own lines by heart, and these are not among them
     assert after > before
 
 

@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bits: smaller, nearly as good, saved and loaded again unchanged, and a base for LoRA."""
 
+import math
 from types import SimpleNamespace
 
 import bitsandbytes
@@ -63,7 +64,8 @@ def test_every_part_of_the_fused_weight_is_there(plain, quantized):
 
 
 def test_perplexity_is_close(plain, quantized, rows):
-    assert perplexity(quantized.model, rows[1]) == pytest.approx(perplexity(plain[0], rows[1]), rel=0.03)
+    losses = [math.log(perplexity(model, rows[1])) for model in (quantized.model, plain[0])]
+    assert losses[0] == pytest.approx(losses[1], rel={"int8": 0.005, "nf4": 0.05}[quantized.kind])
 
 
 def test_replies_are_text_and_the_kept_cache_changes_nothing(quantized):

@@ -325,7 +325,7 @@ def test_health_answers_while_all_slots_are_busy(server):
 def test_schemathesis_finds_no_server_error(nano, examples):
     """Requests made from the OpenAPI schema, valid and not."""
     statuses = set()
-    with nano_server(nano, context=160) as small, requests.Session() as session:  # short replies
+    with nano_server(nano, context=256) as small, requests.Session() as session:  # short replies
         session.trust_env = False
         schema = schemathesis.openapi.from_url(f"{small.url}/openapi.json")
         for found in schema.get_all_operations():

@@ -221,7 +221,7 @@ def test_extreme_values_are_served(nano, prompts):
         assert engine.alive and engine.restarts == 0
         return replies
 
-    *replies, neighbour = with_engine(nano[0], scenario, cache_tokens=1024, context=128)
+    *replies, neighbour = with_engine(nano[0], scenario, cache_tokens=2048, context=256)
     assert all(replies)
     assert neighbour == one_at_a_time(nano[0], prompts[1], parameters(do_sample=False))
 
@@ -321,7 +321,7 @@ def adapter(tmp_path_factory):
     model, _ = helpers.load("nano", dtype="float32", device_map="cpu")
     targets = ["q_proj", "v_proj", "o_proj", "gate_up_proj"]
     torch.manual_seed(0)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=32, target_modules=targets, init_lora_weights=False))
     adapted.save_pretrained(directory)
     return directory
 

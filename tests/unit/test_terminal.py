@@ -237,8 +237,8 @@ def test_save_overwrites_nothing(chat, tmp_path):
         (b"\xff\xfe", "invalid JSON"),
         (b"[1]", "not a JSON object"),
         (b'{"format": "other"}', "not an exported chat"),
-        (b'{"spec": "chara_card_v3"}', "not a V2 card"),
-        (b"\x89PNG\r\n\x1a\n rest", "damaged image"),
+        (b'{"spec": "chara_card_v3"}', "not a character card"),
+        (b"\x89PNG\r\n\x1a\n rest", "no card in picture"),
         (b" " * (MAX_FILE_BYTES + 1), "file too large"),
     ],
 )
@@ -302,7 +302,7 @@ def test_once_with_a_seed_repeats_itself(run_chat):
     [
         (["--once", " "], "", "empty text"),
         (["--character", "张三"], "你好", "unknown character"),
-        (["--load", "missing.json", "--temperature", "0"], "你好", "invalid generation parameter"),
+        (["--temperature", "0"], "你好", "invalid generation parameter"),
         ([], b"\xc4\xe3\n", "invalid Unicode"),
     ],
 )
