@@ -59,7 +59,7 @@ bench: $(READY) ## every benchmark, short, and its figures in benchmarks/README.
 	$(VENV_PYTHON) benchmarks/run_all.py
 
 nano: $(READY) ## train CharacterGLM-Nano again
-	$(VENV_PYTHON) scripts/build_nano.py
+	PYTHONPATH=scripts $(VENV_PYTHON) -m nano.build
 
 clean: ## remove .venv and caches; outputs/ and models/ stay
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

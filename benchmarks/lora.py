@@ -54,7 +54,7 @@ def main(
     model, tokenizer = helpers.load("nano", device_map="cpu", dtype="float32")
     rows, source = read_rows(data, tokenizer)
     torch.manual_seed(0)
-    model = add_lora(model)
+    model = add_lora(model, "qkv")
     model.config.use_cache = False  # as the Trainer does: training has no use for a KV cache
     recipes = {
         LESSON: (pad_to_fixed_length, shuffled(rows)),

@@ -83,8 +83,8 @@ async def compare(directory: Path, rounds: int, users: int, new_tokens: int) -> 
     measured: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as logs, ExitStack() as servers:
         ours, lesson = (
-            servers.enter_context(Server(directory, script=script, port=PORT, log_file=Path(logs) / name)).url
-            for name, script in (("ours", None), ("lesson", LESSON_SERVER))
+            servers.enter_context(Server(directory, script=script, port=port, log_file=Path(logs) / name)).url
+            for name, script, port in (("ours", None, PORT), ("lesson", LESSON_SERVER, PORT + 1))
         )
         await bench.at_once(ours, users)  # warm-up
         await bench.at_once(lesson, 2)

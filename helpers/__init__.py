@@ -19,7 +19,7 @@ def _is_located_as_a_command() -> bool:
 
 
 if not _is_located_as_a_command():
-    from .characters.cards import export_card_png, export_card_v2, import_card_v2
+    from .characters.cards import export_card_png, export_card_v2, import_card, import_card_v2
     from .characters.personas import CharacterCard, SessionMeta, get_character, load_characters
     from .chat.chat import chat, stream_chat
     from .chat.fitting import ContextWarning
@@ -53,6 +53,7 @@ __all__ = [
     "export_card_v2",
     "export_model",
     "get_character",
+    "import_card",
     "import_card_v2",
     "load",
     "load_characters",

@@ -36,8 +36,11 @@ def write_json(path: Path, data: dict[str, Any]) -> Path:
 
 def free_bytes(target: Path) -> int:
     """Free space on the disk of `target`, which need not exist yet."""
-    existing = next(parent for parent in [target, *target.absolute().parents] if parent.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_nearest_existing(target)).free
+
+
+def _nearest_existing(target: Path) -> Path:
+    return next(parent for parent in [target, *target.absolute().parents] if parent.exists())
 
 
 def check_disk_space(target: Path, needed: int) -> None:
@@ -47,6 +50,25 @@ def check_disk_space(target: Path, needed: int) -> None:
             f"磁盘空间不足 [not enough disk space]：{target} 所在磁盘剩 {free / 1e9:.1f} GB，还需要 {needed / 1e9:.1f} GB。"
             "请清理这个磁盘，或换一个更大的磁盘上的目录"
         )
+
+
+def check_new_folder(target: Path, source: Path) -> None:
+    """Raise `HelpersError` if `new_folder` could not make this target, as far as can be told without making it."""
+    _check_usable(target, source)
+    existing = _nearest_existing(target)
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise HelpersError(f"不能写入 [cannot write]：{target}（{existing} 不是可写的目录）。请换一个可写的目录")
+
+
+def make_writable_folder(directory: Path) -> None:
+    """Make `directory` unless it is there; `HelpersError` if it cannot be made or nothing can be written in it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise HelpersError(
+            f"输出目录不可写 [output directory not writable]：{directory}（{error.strerror}）。请换一个目录"
+        ) from None
 
 
 @contextmanager

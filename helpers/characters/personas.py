@@ -1,4 +1,4 @@
-"""Personas: `SessionMeta` (the four fields of CharacterGLM's prompt) and `CharacterCard` (with greeting and source).
+"""Personas: `SessionMeta` (the four fields of CharacterGLM's prompt) and `CharacterCard` (with greeting, examples and source).
 
 Whatever is wrong with a persona or its file is a `CharacterError` that names the field or the file.
 """
@@ -16,6 +16,7 @@ CHARACTERS_FILE = PROJECT_DIR / "data" / "characters.json"
 DEFAULT_CHARACTER = "苏梦远"  # used when none is named
 SYSTEM_CHARACTER = "角色"  # the name of a character that only a system message describes
 MAX_FILE_BYTES = 20_000_000
+MAX_TEXT = 100_000  # characters; what a model can take is counted in tokens, where the prompt is made
 
 
 def _valid_unicode(text: str) -> str:
@@ -26,8 +27,10 @@ def _valid_unicode(text: str) -> str:
 Unicode = Annotated[str, AfterValidator(_valid_unicode)]
 Name = Annotated[Unicode, StringConstraints(min_length=1, max_length=64, pattern=r"\S")]
 Text = Annotated[
-    Unicode, BeforeValidator(lambda value: "" if value is None else value), StringConstraints(max_length=8000)
+    Unicode, BeforeValidator(lambda value: "" if value is None else value), StringConstraints(max_length=MAX_TEXT)
 ]
+
+Exchange = Annotated[list[Text], Field(min_length=2, max_length=2)]  # [query, response]
 
 
 class SessionMeta(BaseModel):
@@ -39,7 +42,7 @@ class SessionMeta(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, validate_assignment=True)
 
     bot_name: Name = Field(description="The character's name, at most 64 characters.")
-    bot_info: Text = Field("", description="The character's persona, at most 8,000 characters.")
+    bot_info: Text = Field("", description="The character's persona.")
     user_name: Name = Field("用户", description="The name the user goes by.")
     user_info: Text = Field("", description="What the character knows about the user.")
 
@@ -49,6 +52,8 @@ class CharacterCard(SessionMeta):
 
     greeting: Text = Field("", description="The character speaks first with this line, if it is not empty.")
     source: Text = Field("original", description="'original' or the public-domain work.")
+    alternate_greetings: list[Text] = Field([], description="Other first lines.")
+    examples: list[Exchange] = Field([], description="[[query, response], ...]: how the character talks.")
 
 
 def as_session_meta(value: SessionMeta | dict) -> SessionMeta:
@@ -68,9 +73,9 @@ def load_characters(file: str | Path = CHARACTERS_FILE) -> dict[str, CharacterCa
     return {name: check_fields(CharacterCard, card, f"角色 {name} 的") for name, card in cards.items()}
 
 
-def get_character(name: str) -> CharacterCard:
-    """The shipped card called `name`; the error for an unknown one lists the known names."""
-    characters = load_characters()
+def get_character(name: str, characters: dict[str, SessionMeta] | None = None) -> SessionMeta:
+    """The card called `name`, by default a shipped one; the error for an unknown one lists the known names."""
+    characters = load_characters() if characters is None else characters
     if name not in characters:
         raise CharacterError(f"没有叫 {name!r} 的角色 [unknown character]，可选：{'、'.join(characters)}")
     return characters[name]
@@ -86,7 +91,11 @@ def check_fields(model: type[BaseModel], fields: Any, whose: str = "") -> Any:
 
 def field_problems(error: ValidationError, whole: str) -> str:
     """What pydantic found wrong, field by field, in one line; `whole` names a problem that belongs to no field."""
-    return "；".join(f"{'.'.join(map(str, e['loc'])) or whole}：{e['msg']}" for e in error.errors())
+
+    def place(parts: tuple) -> str:  # pydantic also names the types it has tried, which are no field's name
+        return ".".join(str(part) for part in parts if isinstance(part, int) or part.isidentifier()) or whole
+
+    return "；".join(f"{place(e['loc'])}：{e['msg']}" for e in error.errors())
 
 
 def read_json_object(file: Path) -> dict:

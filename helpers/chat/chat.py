@@ -7,7 +7,7 @@ from contextlib import closing
 
 from ..characters.personas import as_session_meta
 from ..model.kv_cache import new_cache
-from .fitting import ContextWarning, build_turns, context_limit, fit_prompt
+from .fitting import ContextWarning, build_turns, context_limit, fit_prompt, with_examples
 from .generation import decode_growing, parameters_for
 from .reply import Reply
 
@@ -46,8 +46,9 @@ def make_reply(
     Everything is checked here, before anything changes. Warns if more than `dropped` exchanges are left out.
     """
     parameters = parameters_for(model, generation)
-    turns, context = build_turns(query, history), context_limit(model, parameters)
-    fitted = fit_prompt(tokenizer, as_session_meta(session_meta), turns, parameters, context, dropped)
+    session_meta, context = as_session_meta(session_meta), context_limit(model, parameters)
+    turns = with_examples(session_meta, build_turns(query, history))
+    fitted = fit_prompt(tokenizer, session_meta, turns, parameters, context, dropped)
     input_ids, now_dropped, max_new_tokens = fitted
     config = parameters.to_config(max_new_tokens)
     if now_dropped > dropped:

@@ -48,11 +48,18 @@ def build_turns(query: str, history) -> list[list[dict]]:
     return [*(history_to_messages([entry]) for entry in history), [question]]
 
 
+def with_examples(session_meta, turns: list[list[dict]]) -> list[list[dict]]:
+    """The turns, the example dialogues of a card before the first, which they stay with and are dropped with."""
+    examples = history_to_messages(getattr(session_meta, "examples", []))
+    return [[*examples, *turns[0]], *turns[1:]] if examples else turns
+
+
 def encode_turns(tokenizer, session_meta, turns: list[list[dict]]) -> list[int]:
-    """The ids of the prompt, from [gMASK] <sop> to the character's name."""
+    """The ids of the prompt, from [gMASK] <sop> to the character's name, or to the end of an `unfinished` last message."""
     messages = [message for turn in turns for message in turn]
-    prompt = tokenizer.apply_chat_template(messages, session_meta=session_meta, add_generation_prompt=True)
-    return prompt["input_ids"]
+    unfinished = bool(messages) and messages[-1].get("unfinished", False)
+    prompt = tokenizer.apply_chat_template(messages, session_meta=session_meta, add_generation_prompt=not unfinished)
+    return prompt["input_ids"][:-1] if unfinished else prompt["input_ids"]  # without the newline that ends a message
 
 
 def encode_prompt(tokenizer, session_meta, query: str, history) -> list[int]:
@@ -100,8 +107,11 @@ def fit_prompt(
     input_ids, dropped = fit_turns(tokenizer, session_meta, turns, context - reserve, dropped)
     room = context - len(input_ids)
     if room < min(parameters.max_new_tokens, MIN_REPLY_TOKENS):
+        persona = len(encode_turns(tokenizer, session_meta, [[{"role": "user", "content": ""}]]))
+        longer = "人设" if persona * 2 > len(input_ids) else "这句话，或去掉示例"
         raise ChatError(
-            f"人设和这句话太长 [prompt too long]：共 {len(input_ids)} 个 token，加上回复最多 {context}。请缩短人设或这句话"
+            f"人设和这句话太长 [prompt too long]：共 {len(input_ids)} 个 token（人设 {persona}，这句话和示例 "
+            f"{len(input_ids) - persona}；更早的对话已经略去），加上回复最多 {context}。请缩短{longer}"
         )
     return input_ids, dropped, min(parameters.max_new_tokens, room)
 

@@ -8,7 +8,7 @@ from ..characters.personas import as_session_meta
 from ..errors import BusyError, ChatError
 from ..model.kv_cache import new_cache
 from .chat import last, make_reply, read
-from .fitting import check_history, check_text, context_limit, encode_turns, history_to_messages
+from .fitting import check_history, check_text, context_limit, encode_turns, history_to_messages, with_examples
 from .generation import GenerationParameters, decode_reply, parameters_for
 from .reply import Reply
 
@@ -95,7 +95,8 @@ class ChatSession:
     def swipe(self, step: int = 1) -> str:
         """Put another alternative into the history: the next (1) or the previous (-1). At either end nothing happens."""
         with self._changing():
-            query, _ = self._last_exchange()
+            greets = len(self.alternatives) > 1  # a card may have several greetings
+            query, _ = self.history[-1] if greets else self._last_exchange()
             replies = self.alternatives
             shown = min(max(self.alternative + step, 0), len(replies) - 1)
             self._others = (replies[:shown], replies[shown + 1 :])
@@ -141,6 +142,8 @@ class ChatSession:
     def context_used(self) -> tuple[int, int]:
         """`(tokens, limit)`: how long the next prompt is before anything is typed, and how long prompt and reply may be."""
         turns = [history_to_messages(self.history[self.dropped_turns :]), [{"role": "user", "content": ""}]]
+        if not self.dropped_turns:
+            turns = with_examples(self.session_meta, turns)
         return len(encode_turns(self.tokenizer, self.session_meta, turns)), context_limit(self.model, self.parameters)
 
     def clear(self) -> None:
@@ -150,7 +153,9 @@ class ChatSession:
             self.history: list[list[str]] = [["", greeting]] if greeting else []
             self.statistics: dict = {}  # of the last reply, see Reply.statistics
             self.dropped_turns = 0  # oldest exchanges that were not in the last prompt
-            self._others: tuple[list[str], list[str]] = ([], [])  # alternatives before and after the one shown
+            # Alternatives before and after the one shown; a card may have other greetings.
+            others = list(getattr(self.session_meta, "alternate_greetings", [])) if greeting else []
+            self._others: tuple[list[str], list[str]] = ([], others)
 
     def free_cache(self) -> None:
         """Give the memory of the KV cache back; the next reply computes its whole prompt again."""
@@ -186,6 +191,7 @@ class ChatSession:
         GenerationParameters.check(generation)  # before it becomes arguments
         session = cls(model, tokenizer, exported.get("session_meta"), **generation)
         session.history = [list(entry) for entry in history]
+        session._others = ([], [])  # not the greetings of the card
         shown = session.alternatives  # all that older exports have
         replies, position = exported.get("alternatives", shown), exported.get("alternative", 0)
         if not isinstance(replies, list) or type(position) is not int or replies[position : position + 1] != shown:

@@ -1,5 +1,6 @@
 """`python -m helpers COMMAND`: every command by its name. A command imports what it needs only when it runs."""
 
+import io
 import sys
 
 import typer
@@ -25,6 +26,8 @@ for command in (
 
 def main() -> None:
     """Run a command; a problem the reader can fix is one line and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # "?" for what a terminal without UTF-8 cannot show
     try:
         app()
     except HelpersError as error:

@@ -8,8 +8,17 @@ import typer
 def convert(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="放副本的新目录 [new folder for the copy]")],
     model: Annotated[str, typer.Option(help="6b、nano 或模型目录 [or a folder]")] = "6b",
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="OLD", help="改为转换这个原版代码的 LoRA adapter [adapter of the original code]"),
+    ] = None,
 ) -> None:
     """把 .bin 权重另存一份 safetensors，可选 [optional safetensors copy]；load 不需要它，只读 safetensors 的工具需要"""
+    if adapter is not None:
+        from ..export.original_adapter import convert_adapter
+
+        convert_adapter(model, adapter, directory)
+        return
     from ..export.safetensors_copy import convert_checkpoint
 
     convert_checkpoint(model, directory)

@@ -30,6 +30,14 @@ class PairCommand(TyperCommand):
                 param.nargs = 2
 
 
+def refuse_together(context: typer.Context, option: str, *others: str) -> None:
+    """Raise `typer.BadParameter` if `option` stands on the command line beside one of those that it decides."""
+    given = [name for name in (option, *others) if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if option in given and len(given) > 1:
+        what = "、".join(f"--{name}" for name in given[1:])
+        raise typer.BadParameter(f"{what} 由它决定 [{option} decides]，请去掉", param_hint=f"--{option}")
+
+
 def typed(pairs: Pairs) -> dict[str, Any]:
     """{name: value}, the values typed as on papermill's command line: "True", "None", "3", "0.5" are what they look like."""
     return {name: _typed(text) for name, text in pairs or []}

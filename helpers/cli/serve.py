@@ -23,6 +23,9 @@ def serve(
     api_key: ApiKey = None,
     adapter: Adapters = None,
     insecure: Annotated[bool, typer.Option(help="没有 key 也绑定 127.0.0.1 以外的地址 [no key needed]")] = False,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="请求里也可以这样叫这个模型；characterglm 总是可以 [one more name]")
+    ] = None,
     cors_origin: Annotated[list[str] | None, typer.Option(help="允许哪些网页调用，可重复 [repeatable]")] = None,
     slots: Annotated[int, typer.Option(min=1, max=256, help="同时写多少条回复 [replies at once]")] = 16,
     queue_size: Annotated[int, typer.Option(min=0, help="再多少条排队，更多的得到 429 [waiting requests]")] = 48,

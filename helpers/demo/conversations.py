@@ -1,9 +1,18 @@
 """One person's conversations: one with each character, and those opened from files. Showing another loses none."""
 
-from ..characters.personas import load_characters
+from ..characters.personas import SessionMeta, load_characters
 from ..chat.session import ChatSession
 from ..errors import CharacterError
+from ..model.adapters import adapter_card
 from .files import open_file
+
+
+def characters_with(adapter=None) -> dict[str, SessionMeta]:
+    """The shipped characters by name; before them, the persona kept beside the adapter in this directory."""
+    characters = load_characters()
+    if adapter is None or (own := adapter_card(adapter)) is None:
+        return characters
+    return {own.bot_name: own} | characters | {own.bot_name: own}
 
 
 class Conversations:

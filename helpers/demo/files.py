@@ -3,8 +3,8 @@
 import json
 import re
 
-from ..characters.cards import PNG_SIGNATURE, export_card_png, export_card_v2, import_card_v2
-from ..characters.personas import CharacterCard, parse_json_object
+from ..characters.cards import export_card_png, export_card_v2, open_content
+from ..characters.personas import CharacterCard
 from ..chat.session import ChatSession
 from ..errors import ChatError
 
@@ -18,7 +18,7 @@ EXPORTS = {
 
 
 def exported_files(session: ChatSession) -> dict[str, bytes]:
-    """File name to content: the conversation as JSON and Markdown, its character as a card V2 in JSON and PNG."""
+    """File name to content: the conversation as JSON and Markdown, its character as a card in JSON (V2) and PNG (V2 and V3)."""
     name = re.sub(r"[^\w-]+", "_", session.session_meta.bot_name)
     return {name + ending: export(session) for ending, export in EXPORTS.items()}
 
@@ -34,17 +34,14 @@ def exported_file(session: ChatSession, name: str) -> bytes:
 def open_file(model, tokenizer, content: bytes, **generation) -> ChatSession:
     """A session from the content of a file: an exported conversation goes on, a character begins a new one.
 
-    A character is a card V2 (JSON or PNG), or a plain persona as it stands beside a fine-tuned adapter. `generation`
+    A character is a card (V1, V2 or V3, see `import_card`), or a plain persona as it stands beside a fine-tuned adapter. `generation`
     is for a new conversation; an exported one brings its own.
 
     Raises:
         CharacterError, ChatError: not such a file, or damaged.
     """
-    is_png = content.startswith(PNG_SIGNATURE)
-    found = content if is_png else parse_json_object(content)
-    if is_png or "spec" in found:
-        found = import_card_v2(found)
-    elif "bot_name" not in found:
+    found = open_content(content)
+    if isinstance(found, dict) and "bot_name" not in found:
         return ChatSession.restore(model, tokenizer, found)
     return ChatSession(model, tokenizer, found, **generation)
 

@@ -18,7 +18,7 @@ from ..chat.generation import GenerationParameters
 from ..chat.session import ChatSession
 from ..errors import ChatError
 from ..model.loading import load
-from .conversations import Conversations, change_persona
+from .conversations import Conversations, change_persona, characters_with
 from .files import exported_file
 from .texts import error_text, meter_text
 
@@ -47,20 +47,22 @@ def plain(text: str) -> str:
     return _CONTROL.sub(lambda match: " " if match[0].isspace() else "\N{REPLACEMENT CHARACTER}", text)
 
 
-def start(model, character: str, *, loading: dict, file=None, once=None, **generation) -> None:
+def start(model, character: str | None, *, loading: dict, file=None, once=None, **generation) -> None:
     """`python -m helpers chat`: at a prompt if both ends are a terminal, else a reply for every line of the input.
 
     Args:
         model, loading: for `helpers.load`.
+        character: None: the adapter's own, or the first.
         file: an exported conversation or a card to open; `generation` goes before what it brings.
         once: answer only this.
     """
-    sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal's encoding lacks
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused by the session, by name
     GenerationParameters.check(generation)  # before a model is loaded, which may take a minute
-    get_character(character)
+    characters = characters_with(loading.get("adapter"))
+    if character is not None:
+        get_character(character, characters)
     content = None if file is None else _read(file)
-    conversations = Conversations(*load(model, **loading), name=character, **generation)
+    conversations = Conversations(*load(model, **loading), characters, character, **generation)
     if content is not None:
         conversations.open(content)
         conversations.session.set_generation(**generation)

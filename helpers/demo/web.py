@@ -14,6 +14,7 @@ from ..characters.personas import MAX_FILE_BYTES
 from ..errors import HelpersError
 from ..model.loading import load
 from ..network import DEFAULT_PORT, is_loopback, listen
+from .conversations import characters_with
 from .web_chat import WebChat
 from .web_view import HEAD, THEME
 
@@ -80,6 +81,7 @@ def serve(model, loading: dict, *, host: str, port: int, password: str | None, i
     """`python -m helpers demo`: load a model (`loading`: see `helpers.load`) and serve the page until Ctrl-C."""
     check_password(host, password, insecure)
     with listen(host, port) as listener:  # a taken port is said before the model is loaded, which may take a minute
+        options["characters"] = characters_with(loading.get("adapter"))
         app = mount(FastAPI(openapi_url=None), *load(model, **loading), "/", password=password, **options)
         # In this thread, which so returns only when all is shut down: waiting for a `WebDemo` would not do, as in Python
         # 3.11 a `Thread.join` that Ctrl-C interrupts takes the thread for ended.

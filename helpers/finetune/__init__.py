@@ -8,7 +8,7 @@ finetune(model, encode_samples(tokenizer, training), encode_samples(tokenizer, h
 
 # ruff: noqa: F401
 
-from .arguments import training_arguments
+from .arguments import LORA_DEFAULTS, REPLAY, default_learning_rate, default_settings, training_arguments
 from .data import Sample, load_samples, read_card, replay_dialogues, split_samples
 from .encoding import collate, describe_lengths, encode, encode_samples, pack, pad, share_prefix
 from .evaluation import Comparison, Voice, base_ability, compare, perplexity, perplexity_before_and_after
@@ -20,7 +20,8 @@ from .lora import (
     lora_config,
     merge_adapter,
     parameter_table,
+    remove_lora,
 )
 from .progress import plot_losses
 from .report import DataReport
-from .training import finetune
+from .training import continue_lora, finetune

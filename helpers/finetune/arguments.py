@@ -11,10 +11,15 @@ from transformers.utils import is_in_notebook
 
 from ..errors import FinetuneError, did_you_mean
 
+# What a run does unless it is told otherwise stands here. train.py takes it from here; the options of the command and the
+# parameters of notebook 04 repeat it, where their readers look for it, and a test compares them.
+LORA_DEFAULTS = {"targets": "all-linear", "r": 8, "alpha": 32, "dropout": 0.1}
+REPLAY = 50  # dialogues of other characters
 LARGE_MODEL_PARAMETERS = 1e9
+LEARNING_RATES = {"large": 2e-4, "small": 4e-3}  # usual for billions; Nano needs, and bears, twenty times that
 DEFAULTS = {
     "num_train_epochs": 3,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,  # below 1: a share of all steps
@@ -31,6 +36,12 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,  # every adapter takes part in every step
     "report_to": "none",
     "seed": 0,
+}
+# What the command calls some fields.
+SHORT_NAMES = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "learning_rate": "learning_rate",
 }
 # transformers 5 renamed these; the old names are known better, and would lose against a default under the new one.
 NEW_NAMES = {
@@ -56,12 +67,11 @@ def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
         FinetuneError: an unknown field, or values that make no sense.
     """
     on_cpu, on_gpu = (model is not None and model.device.type == kind for kind in ("cpu", "cuda"))
-    large = model is not None and model.num_parameters() > LARGE_MODEL_PARAMETERS
     of_model = {
-        "learning_rate": 2e-4 if large else 4e-3,  # usual for billions; Nano needs, and bears, twenty times that
+        "learning_rate": default_learning_rate(model),
         "bf16": on_gpu and model.dtype == torch.bfloat16,
         "fp16": on_gpu and model.dtype == torch.float16,
-        "activation_checkpointing": on_gpu and large,
+        "activation_checkpointing": on_gpu and is_large(model),
         "dataloader_pin_memory": on_gpu,
         "use_cpu": on_cpu,
         "disable_tqdm": not is_in_notebook(),
@@ -74,6 +84,28 @@ def training_arguments(model, output_dir, **chosen) -> TrainingArguments:
     except (ValueError, TypeError, NotImplementedError, ImportError, RuntimeError) as error:
         raise FinetuneError(f"训练参数没有意义 [invalid training argument]：{error}") from None
     return arguments
+
+
+def is_large(model) -> bool:
+    return model is not None and model.num_parameters() > LARGE_MODEL_PARAMETERS
+
+
+def default_learning_rate(model) -> float:
+    return LEARNING_RATES["large" if is_large(model) else "small"]
+
+
+def default_settings() -> dict:
+    """The defaults that a learner turns, by the names of the command's options; to be printed before a run."""
+    rates = f"{LEARNING_RATES['small']:g}，10 亿参数以上 {LEARNING_RATES['large']:g}"
+    training = {name: DEFAULTS.get(field, rates) for name, field in SHORT_NAMES.items()}
+    return {**LORA_DEFAULTS, **training, "replay": REPLAY}
+
+
+def describe_settings(lora: dict, training: dict, replay: int) -> str:
+    """One line with the settings of a run: the defaults, and what was chosen instead."""
+    chosen = {name: training[field] for name, field in SHORT_NAMES.items() if field in training}
+    settings = default_settings() | lora | chosen | {"replay": replay}
+    return "设置 [settings]：" + "，".join(f"{name} {value}" for name, value in settings.items())
 
 
 def check_arguments(chosen: dict) -> dict:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
@@ -11,7 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..errors import CheckpointError, FinetuneError
 from ..model.adapters import ADAPTER_CARD, ADAPTER_RECORD, adapter_file
 from ..model.checkpoint import check_weight_file, read_json
-from ..paths import free_bytes, write_json
+from ..paths import free_bytes, make_writable_folder, write_json
 
 RUN_FILES = (ADAPTER_RECORD, ADAPTER_CARD, "adapter_config.json", "adapter_model.safetensors", "training_args.bin")
 NEW_RUN = "new-run"  # where a run trains that is to replace the one in the folder
@@ -51,16 +50,10 @@ def what_is_missing(checkpoint: Path) -> str:
 
 
 def check_folder(directory: Path, overwrite: bool) -> None:
-    """Raise `FinetuneError` if it is a model's, cannot be written, or, unless `overwrite`, a run finished there."""
+    """Raise `HelpersError` if it is a model's, cannot be written, or, unless `overwrite`, a run finished there."""
     if (directory / "config.json").exists():
         raise FinetuneError(f"输出目录是一个模型目录 [output directory is a model]：{directory}。请换一个 output_dir")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise FinetuneError(
-            f"输出目录不可写 [output directory not writable]：{directory}（{error.strerror}）。请换一个 output_dir"
-        ) from None
+    make_writable_folder(directory)
     if not overwrite and read_record(directory).get("finished"):
         raise _in_use(directory, "一次完成了的训练")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
-from ..characters.cards import import_card_v2
+from ..characters.cards import open_content
 from ..characters.dialogues import Dialogue, load_dialogues
 from ..characters.personas import (
     SYSTEM_CHARACTER,
@@ -17,7 +17,7 @@ from ..characters.personas import (
     as_session_meta,
     field_problems,
     load_characters,
-    read_json_object,
+    read_bytes,
 )
 from ..errors import CharacterError, DataError
 from .report import BadRow, DataReport
@@ -223,11 +223,11 @@ def _pair(utterances: list[tuple[bool, str]]) -> list[list[str]]:
 
 
 def read_card(name_or_file) -> SessionMeta:
-    """A persona by the name of a shipped character, or from a JSON file: the four fields, or a character card V2."""
+    """A persona by the name of a shipped character, or from a file: JSON with the four fields, or a character card."""
     if str(name_or_file) in (shipped := load_characters()):
         return shipped[str(name_or_file)]
-    content = read_json_object(Path(name_or_file))
-    return import_card_v2(content) if "spec" in content else as_session_meta(content)
+    found = open_content(read_bytes(Path(name_or_file)))
+    return as_session_meta(found)
 
 
 def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:

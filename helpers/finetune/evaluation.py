@@ -136,8 +136,11 @@ class Comparison:
     lines: list[tuple[str, str, str, str]]  # what the user says, the reply in the data, the base's, the tuned model's
 
     def counts(self) -> dict[str, dict[str, float]]:
-        """For "base" and "tuned": replies in voice, breaking character, repeating themselves, and distinct-2 of all."""
-        _, _, base, tuned = zip(*self.lines)
+        """For "data", "base" and "tuned": replies in voice, breaking character, repeating themselves, distinct-2 of all.
+
+        The replies of the data are the measure: a tuned model that is in voice more often than they are overdoes it.
+        """
+        _, data, base, tuned = zip(*self.lines)
         return {
             name: {
                 "replies": len(replies),
@@ -146,7 +149,7 @@ class Comparison:
                 "repeats_itself": sum(map(repeats_itself, replies)),
                 "distinct_2": round(distinct_2(replies), 3),
             }
-            for name, replies in (("base", base), ("tuned", tuned))
+            for name, replies in (("data", data), ("base", base), ("tuned", tuned))
         }
 
     def _repr_html_(self) -> str:

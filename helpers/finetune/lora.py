@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..errors import FinetuneError
 from ..model.shapes import QKV, linear_shapes, lora_count
 from ..paths import new_folder
+from .arguments import LORA_DEFAULTS as DEFAULT
 
 SPARE_BYTES = 10_000_000  # for the tokenizer and JSON files beside the weights
 
@@ -23,7 +24,12 @@ LORA_TARGETS = {
 }
 
 
-def lora_config(targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: float = 0.1) -> LoraConfig:
+def lora_config(
+    targets: str = DEFAULT["targets"],
+    r: int = DEFAULT["r"],
+    alpha: int = DEFAULT["alpha"],
+    dropout: float = DEFAULT["dropout"],
+) -> LoraConfig:
     """Raises `FinetuneError` for unknown targets and senseless values.
 
     Args:
@@ -42,26 +48,34 @@ def lora_config(targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: floa
     return LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=LORA_TARGETS[targets], bias="none", **shape)
 
 
-def add_lora(model, targets: str = "qkv", r: int = 8, alpha: int = 32, dropout: float = 0.1):
-    """`model` with a new LoRA adapter (see `lora_config`), the only thing that is trained. Seed torch: A starts random.
+def add_lora(model, *args, **kwargs):
+    """`model` with a new LoRA adapter, the only thing that is trained. Seed torch: A starts random.
 
     An adapter that is there already is taken off; a model quantised with bitsandbytes is prepared for training.
+    The other arguments are those of `lora_config`.
     """
-    config = lora_config(targets, r, alpha, dropout)
-    # PEFT would put the new adapter inside the old one's layers, and save it under names that fit no model. A base keeps
-    # the layers of an adapter even where the PeftModel around it is forgotten, as when a notebook cell runs twice.
+    config, base = lora_config(*args, **kwargs), remove_lora(model)
+    if getattr(base, "is_quantized", False):
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # the trainer decides that
+    return get_peft_model(base, config)
+
+
+def remove_lora(model):
+    """The base of `model`, without adapters.
+
+    PEFT would put a new adapter inside the old one's layers, and save it under names that fit no model. A base keeps
+    the layers of an adapter even where the PeftModel around it is forgotten, as when a notebook cell runs twice.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
             base.set_submodule(name, module.get_base_layer())
     if hasattr(base, "peft_config"):
         del base.peft_config
-    if getattr(base, "is_quantized", False):
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # the trainer decides that
-    return get_peft_model(base, config)
+    return base
 
 
-def count_lora_parameters(config, targets: str = "qkv", r: int = 8) -> int:
+def count_lora_parameters(config, targets: str = DEFAULT["targets"], r: int = DEFAULT["r"]) -> int:
     """Trainable parameters of an adapter on a model of this shape."""
     names = LORA_TARGETS[targets]
     return lora_count(config, r, list(linear_shapes(config)) if names == "all-linear" else names)

@@ -12,14 +12,14 @@ from transformers.utils import is_in_notebook
 
 from ..characters.personas import as_session_meta
 from ..errors import FinetuneError
-from ..model.adapters import ADAPTER_CARD, base_fingerprint
+from ..model.adapters import ADAPTER_CARD, adapter_config, adapter_file, add_adapter, base_fingerprint
 from ..paths import write_json
 from .arguments import training_arguments
 from .checkpoints import bytes_needed, close_run, last_complete_checkpoint, open_run, write_record
 from .compat import OrderedTrainer, takes_any_mask, use_one_gpu
 from .encoding import EMPTY_ROW, collate, pad
 from .evaluation import summed_loss
-from .lora import check_moved
+from .lora import add_lora, check_moved
 from .progress import LiveCurve, LogLines
 
 NO_EFFECT_ON_RESULT = {"disable_tqdm", "eval_on_start"}
@@ -88,8 +88,29 @@ class LoraTrainer(OrderedTrainer):
         return metrics
 
 
+def continue_lora(model, adapter):
+    """`model` with the LoRA adapter in directory `adapter`, to be trained on: targets, r and alpha stay its own.
+
+    As for `add_lora`, an adapter that is there already is taken off, and a quantised model is prepared for training.
+
+    Raises:
+        CheckpointError: it is not whole, or not for this base; FinetuneError: not LoRA.
+    """
+    file = check_adapter(adapter)
+    tuned = add_adapter(add_lora(model).unload(), adapter, trainable=True)
+    tuned.continued_from = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return tuned
+
+
+def check_adapter(adapter) -> Path:
+    """The weight file of an adapter that training can go on from, as far as can be told without its base."""
+    if (kind := adapter_config(Path(adapter)).get("peft_type")) != "LORA":
+        raise FinetuneError(f"只能接着训练 LoRA 的 adapter [not LoRA]：{adapter} 是 {kind}。请去掉 adapter，从头训练")
+    return adapter_file(Path(adapter))
+
+
 def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=False, callbacks=(), **training) -> dict:
-    """Train the adapter of `model` (see `add_lora`) and keep the one with the lowest held-out loss in `output_dir`.
+    """Train the adapter of `model` (see `add_lora`, `continue_lora`) and keep the one with the lowest held-out loss in `output_dir`.
 
     A run that was interrupted goes on from its last complete checkpoint if it is started again with the same settings.
 
@@ -115,7 +136,7 @@ def finetune(model, train_rows, eval_rows, output_dir, *, card=None, overwrite=F
     arguments.output_dir = str(run)
     arguments.eval_on_start = checkpoint is None and arguments.eval_strategy != "no"
     trainer = make_trainer(model, arguments, train_rows, eval_rows, callbacks)
-    with out_of_memory_explained(arguments):
+    with out_of_memory_explained(arguments), interruption_explained(arguments):
         output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     model.eval()
     check_moved(model)
@@ -152,8 +173,9 @@ def make_trainer(model, arguments, train_rows, eval_rows, callbacks) -> LoraTrai
 def describe_settings(model, train_rows, eval_rows, training: dict, processes: int) -> dict:
     """What a run's result depends on: base, adapter, data and arguments. Two runs with the same may be joined."""
     lora = model.peft_config["default"]
-    targets = lora.target_modules
+    targets, continued_from = lora.target_modules, getattr(model, "continued_from", None)
     return {
+        **({"continued_from": continued_from} if continued_from else {}),
         "base": base_fingerprint(model),
         **{name: getattr(lora, name) for name in ("r", "lora_alpha", "lora_dropout")},
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
@@ -185,6 +207,22 @@ def summarize(trainer: Trainer, seconds: float, checkpoint: Path | None) -> dict
         "resumed_from": resumed_from,
         "history": [entry for entry in history if len(entry) > 1],
     }
+
+
+@contextmanager
+def interruption_explained(arguments: TrainingArguments):
+    """After Ctrl-C, say what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if arguments.process_index == 0:
+            checkpoint = last_complete_checkpoint(Path(arguments.output_dir))
+            kept = f"{checkpoint} 留着，用同样的设置再运行一次，就从那一步接着训练"
+            print(
+                f"训练中断了 [interrupted]：{kept if checkpoint else '还没有 checkpoint，再运行一次会从头开始'}",
+                flush=True,
+            )
+        raise
 
 
 @contextmanager

@@ -36,7 +36,11 @@ class Preflight(list):
     """The checks of `preflight`, shown as a table in a notebook."""
 
     def _repr_html_(self) -> str:
-        return self._table().to_html(index=False)
+        import pandas
+
+        with pandas.option_context("display.max_colwidth", None):  # pandas cuts texts after 50 characters
+            table = self._table().to_html(index=False, justify="left")
+        return table.replace("<td>", '<td style="text-align: left">')  # Jupyter aligns cells to the right
 
     def __repr__(self) -> str:
         return self._table().to_string(index=False)

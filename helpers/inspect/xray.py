@@ -14,6 +14,7 @@ TOKEN_KINDS = {
     "bot": ("角色 character", "#d3f4d3"),
     "reply": ("回复从这里开始 reply starts here", "#ffadad"),
 }
+NEWLINE = f"↵{NEWLINE_ID}"  # the one id to remember: a reply ends there
 LABEL_KINDS = {
     "context": ("只读不学 context, label -100", "#e0e0e0"),
     "learned": ("要学的 learned", "#d3f4d3"),
@@ -35,7 +36,7 @@ class PromptXray:
     def __repr__(self) -> str:
         lines, kind_before = [], None
         for token_id, piece, kind in self.tokens:
-            if kind != kind_before or (lines and lines[-1].endswith("↵")):
+            if kind != kind_before or (lines and lines[-1].endswith(NEWLINE)):
                 lines.append(f"{self.kinds[kind][0]}:")
                 kind_before = kind
             lines[-1] += f" {_visible(token_id, piece)}"
@@ -69,7 +70,7 @@ def label_view(tokenizer, row: dict) -> PromptXray:
 
 
 def _visible(token_id: int, piece: str) -> str:
-    return "↵" if token_id == NEWLINE_ID else piece.replace("▁", "␣")
+    return NEWLINE if token_id == NEWLINE_ID else piece.replace("▁", "␣")
 
 
 def _style(color: str) -> str:

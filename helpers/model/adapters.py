@@ -10,10 +10,11 @@ from ..errors import CheckpointError
 from .checkpoint import check_weight_file, damaged, read_json, stored_tensors
 
 ADAPTER_RECORD = "finetune.json"  # what `helpers.finetune` writes beside an adapter: how it was trained, on what base
+ORIGINAL_TARGET = "query_key_value"  # q, k and v as one layer, which the original code's adapters are for
 ADAPTER_CARD = "card.json"  # the persona that an adapter speaks as, beside it
 
 
-def add_adapter(model, adapter):
+def add_adapter(model, adapter, trainable: bool = False):
     """`model` with the PEFT LoRA adapter in directory `adapter`; `CheckpointError` if it is not whole or not for it."""
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -25,7 +26,7 @@ def add_adapter(model, adapter):
             problem = "LoRA adapter 是在另一个底模上训练的 [adapter for another base]"
             raise damaged(problem, adapter, "请加载训练时用的那个模型，或在这个模型上重新训练")
     try:
-        loaded = PeftModel.from_pretrained(model, str(adapter))
+        loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         way_out = f"请用为这个模型训练的 adapter （见 notebook 04）。原始信息：{str(error)[:300]}"
         raise damaged("LoRA adapter 和这个模型对不上 [adapter does not fit]", adapter, way_out) from error
@@ -63,15 +64,29 @@ def adapter_card(directory: str | Path) -> SessionMeta | None:
 
 
 def adapter_file(directory: Path) -> Path:
-    """The whole weight file of a PEFT adapter; `CheckpointError` if the directory holds none."""
+    """The whole weight file of a PEFT adapter; `CheckpointError` if the directory holds none for this code."""
+    if is_for_original_code(adapter_config(directory)):
+        raise CheckpointError(
+            f"LoRA adapter 是为原版代码的 {ORIGINAL_TARGET} 训练的 [adapter for the original code]：{directory}。这里 q、k、v 是三层，"
+            f"先转换一次：python -m helpers convert --adapter {directory} 新目录"
+        )
+    return adapter_weight_file(directory)
+
+
+def is_for_original_code(config: dict) -> bool:
+    return ORIGINAL_TARGET in (config.get("target_modules") or [])
+
+
+def adapter_config(directory: Path) -> dict:
+    """The adapter_config.json of a PEFT adapter; `CheckpointError` if there is none."""
     config = directory / "adapter_config.json"
     if not config.is_file():
         raise damaged("这不是 LoRA adapter 目录 [not an adapter directory]", directory, f"缺少 {config.name}")
-    if "query_key_value" in (read_json(config).get("target_modules") or []):
-        raise CheckpointError(
-            f"LoRA adapter 是为原版代码的 query_key_value 训练的 [adapter for the original code]：{directory}。这里 q、k、v 是三层："
-            "lora_A 三层各用一份，lora_B 按行切成 q、k、v（6B：4096、256、256 行）；或用同样的数据重新训练，见 notebook 04"
-        )
+    return read_json(config)
+
+
+def adapter_weight_file(directory: Path) -> Path:
+    """The whole weight file of a PEFT adapter of any code."""
     names = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT prefers them
     file = next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
     check_weight_file(file, "请重新训练，或重新复制 adapter 目录")

@@ -22,6 +22,7 @@ from .kv_cache import QUANTIZED_OR_COMPILED, compile_decoding
 NANO_DIR = PROJECT_DIR / "data" / "nano"
 MIN_GPU_GIB = 16  # the 6B model needs about 13 GiB in half precision, plus KV cache
 SMALL_CHECKPOINT_BYTES = 1 << 30  # below this, float32 on a CPU is the simplest and most exact choice
+SHARED_OUT = ("balanced", "balanced_low_0", "sequential")  # other ways of accelerate's to use several GPUs
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 logger = logging.getLogger(__name__)
 modeling.register()
@@ -36,7 +37,7 @@ class LoadChoice:
 
     path: Path
     dtype: torch.dtype
-    device_map: str | dict
+    device_map: str | int | torch.device | dict
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -51,7 +52,7 @@ def load(model="auto", *, dtype="auto", device_map="auto", quantization=None, ad
         model: "auto" (6b on a CUDA GPU of at least 16 GB, else nano), "nano", "6b", or a model directory.
         dtype: "float32", "float16", "bfloat16", a `torch.dtype`, or "auto": bfloat16 on a GPU that computes in it,
             float16 on older GPUs, and on a CPU float32 for small models and bfloat16 for large ones.
-        device_map: as in transformers; "auto" uses the GPUs there are, else the CPU.
+        device_map: as in transformers; "auto" uses the GPUs there are, else the CPU; 0 is the first GPU.
         quantization: "int8" or "nf4" (bitsandbytes): the linear layers' weights in 8 or 4 bits, the rest in `dtype`.
         adapter: directory of a PEFT LoRA adapter to put on top.
         compile: decode with torch.compile: the first reply waits a minute, later ones are faster; prompt and reply have
@@ -135,9 +136,15 @@ def gpu_gib() -> float:
     return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**30
 
 
-def pick_device(device_map="auto") -> tuple[str | dict, str]:
+def pick_device(device_map="auto") -> tuple[str | int | torch.device | dict, str]:
+    """The `device_map` to load with and the reason; `HelpersError` if it names what this machine does not have."""
+    if device_map in (None, {}):
+        return "cpu", "设备由你指定"
     if device_map != "auto":
-        return device_map or "cpu", "设备由你指定"
+        if device_map not in SHARED_OUT:
+            for place in device_map.values() if isinstance(device_map, dict) else [device_map]:
+                check_place(place)
+        return device_map, "设备由你指定"
     if torch.cuda.is_available():
         return "auto", f"有 CUDA GPU：{torch.cuda.get_device_name(0)}"
     if torch.backends.mps.is_available():
@@ -145,7 +152,27 @@ def pick_device(device_map="auto") -> tuple[str | dict, str]:
     return "cpu", "没有 GPU，用 CPU"
 
 
-def pick_dtype(dtype, device: str | dict, path: Path) -> tuple[torch.dtype, str]:
+def check_place(place: str | int | torch.device) -> None:
+    """Raise `HelpersError` unless `place` is a device that this machine has."""
+    if place == "disk":
+        raise HelpersError(
+            "权重不能留在磁盘上 [disk offload not supported]：用 device_map='auto'；放不下时用 quantization='nf4'，"
+            "或 GGUF（docs/laptop.md）"
+        )
+    try:
+        device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+        count = torch.get_device_module(device).device_count()
+    except (RuntimeError, TypeError):
+        raise HelpersError(
+            f"不认识的设备 [unknown device]：{place!r}。可选 'auto'、'cpu'、'cuda'、'cuda:1'、'mps'，或 GPU 的编号 0、1 ……"
+        ) from None
+    if (device.index or 0) >= count:
+        raise HelpersError(
+            f"这台机器没有设备 {device} [no such device]：这一类有 {count} 个。用 device_map='auto'，或先运行 python -m helpers doctor"
+        )
+
+
+def pick_dtype(dtype, device: str | int | torch.device | dict, path: Path) -> tuple[torch.dtype, str]:
     """The dtype for a model on a device and the reason; `HelpersError` for an unknown dtype."""
     if dtype != "auto":
         if not isinstance(chosen := DTYPES.get(dtype, dtype), torch.dtype):

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -11,6 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 
+from ..errors import HelpersError
 from .errors import HANDLED, answer_error
 from .metrics import Metrics
 from .routes import router
@@ -36,11 +38,12 @@ def create_app(
         cors_origins: web pages of these origins may use the API; none by default.
         log_text: whether the log also holds what was said.
         on_failure: called if the model cannot be loaded.
-        engine_options: slots, queue_size, context, cache_tokens; see `Engine`.
+        engine_options: slots, queue_size, context, cache_tokens, see `Engine`; served_model_name, see `Service`.
 
     Raises:
-        HelpersError: there is no such model. Whether its files are good shows when they are loaded.
+        HelpersError: an origin that no browser would send; or there is no such model. Whether its files are good shows when they are loaded.
     """
+    check_origins(cors_origins)
     app = FastAPIOffline(title="CharacterGLM", version="1", lifespan=lifespan, redoc_url=None)
     app.state.service, app.state.log_text = Service(model, adapters, **engine_options), log_text
     app.state.metrics, app.state.on_failure = Metrics(app.state.service), on_failure
@@ -50,6 +53,15 @@ def create_app(
     for kind in HANDLED:
         app.add_exception_handler(kind, answer_error)
     return app
+
+
+def check_origins(origins: tuple[str, ...]) -> None:
+    """Refuse what can never be the `Origin` of a web page: browsers send https://my.page, or with :PORT, and no more."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
+            raise HelpersError(
+                f"网页来源 {origin!r} 不会匹配任何网页 [invalid origin]：写成 https://my.page 或 http://127.0.0.1:8000，末尾没有 /"
+            )
 
 
 @asynccontextmanager

@@ -30,6 +30,12 @@ def describe(error: Exception) -> tuple[int, dict]:
     """Status and body for an error."""
     if isinstance(error, RequestValidationError):
         return 400, error_body(f"请求不合格 [invalid request]：{field_problems(error, 'body')}", INVALID)
+    if (
+        isinstance(error, HTTPException) and error.detail == "There was an error parsing the body"
+    ):  # FastAPI's own words
+        return 400, error_body(
+            "读不了请求体 [cannot read the body]：请发 UTF-8 编码的 JSON，不是 GBK 等别的编码", INVALID
+        )
     if isinstance(error, HTTPException):
         return error.status_code, error_body(str(error.detail), INVALID)
     for kind, (status, *names) in KINDS.items():
@@ -47,6 +53,10 @@ def error_body(message: str, kind: str, code: str | None = None) -> dict:
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """The exception handler of the app."""
     status, body = describe(error)
+    kind = request.headers.get("content-type", "")
+    if isinstance(error, RequestValidationError) and request.method == "POST" and "json" not in kind.lower():
+        problem = f"请求头 Content-Type 应为 application/json [wrong content type]，收到 {kind[:80]!r}"
+        body = error_body(problem, INVALID)
     if not hasattr(request.state, "begun"):  # a reply that had begun has been counted by its exchange
         request.app.state.metrics.requests.labels(str(status)).inc()
     logger.info("refused", extra={"path": request.url.path, "status": status, "error": body["error"]["code"]})

@@ -12,6 +12,7 @@ from fastapi import Request
 from ..chat.generation import STOP_IDS, StreamDecoder
 from ..errors import HelpersError
 from .engine import Generation
+from .prompts import last_query
 from .schemas import ChatRequest, LessonRequest
 
 logger = logging.getLogger("helpers.serving")
@@ -36,15 +37,16 @@ class Exchange:
         self._closed = False
 
     @classmethod
-    async def begin(cls, request: Request, body: LessonRequest | ChatRequest) -> "Exchange":
-        """Start the reply to a request. Raises HelpersError if that is not possible; nothing is left behind then."""
+    async def begin(cls, request: Request, body: LessonRequest | ChatRequest) -> list["Exchange"]:
+        """Start the replies to a request. Raises HelpersError if that is not possible; nothing is left behind then."""
         start, state = time.perf_counter(), request.app.state
         engine, character = state.service.choose(body.model)
         persona, turns = body.conversation(character)
-        generation = await state.service.start(engine, persona, turns, body.generation())
-        exchange = cls(request, body, generation, start)
-        exchange.query = turns[-1][-1]["content"]
-        return exchange
+        generations = await state.service.start(engine, persona, turns, body.generation(), body.n or 1)
+        exchanges = [cls(request, body, generation, start) for generation in generations]
+        for exchange in exchanges:
+            exchange.query = last_query(turns)
+        return exchanges
 
     async def whole(self) -> str:
         """The whole reply. Raises ClientGoneError, EngineError."""

@@ -8,14 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from ..characters.personas import (
-    DEFAULT_CHARACTER,
-    SYSTEM_CHARACTER,
-    SessionMeta,
-    Unicode,
-    as_session_meta,
-    get_character,
-)
+from ..characters.personas import DEFAULT_CHARACTER, SessionMeta, Unicode, get_character
 from ..chat.fitting import build_turns
 
 DEFAULT_MAX_LENGTH, DEFAULT_TOP_P, DEFAULT_TEMPERATURE = 2048, 0.7, 0.95  # of the original lesson
@@ -30,6 +23,11 @@ def text_of_parts(content: Any) -> Any:
 
 
 Conversation = tuple[SessionMeta, list[list[dict]]]  # the persona, and the chat messages of every turn
+# What clients send for a field that is not set.
+UNSET_NUMBER = BeforeValidator(lambda value: None if type(value) in (int, float) and value in (0, -1) else value)
+UNSET_TEXT = BeforeValidator(
+    lambda value: [text for text in value if text != ""] if isinstance(value, list) else value or None
+)
 StopText = Annotated[Unicode, StringConstraints(min_length=1, max_length=200)]
 NonEmpty = Annotated[Unicode, StringConstraints(pattern=r"\S")]
 Content = Annotated[Unicode, BeforeValidator(text_of_parts)]
@@ -44,6 +42,7 @@ class LessonRequest(_Request):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "你好", "history": []}]})
     model: ClassVar[None] = None
+    n: ClassVar[int] = 1
 
     prompt: NonEmpty = Field(description="What the user says.")
     history: list[tuple[Unicode, Unicode]] | None = Field(None, description="[[query, response], ...]")
@@ -81,10 +80,26 @@ class LessonResponse(BaseModel):
 
 
 class Message(_Request):
-    """One chat message. System messages describe the character."""
+    """One chat message. System messages describe the character; calls of tools and their results are left out."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content = Field("", validate_default=False)
+    name: Unicode | None = Field(None, description="Who speaks; example_user, example_assistant: an example dialogue.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_empty(cls, message: Any) -> Any:
+        """Assistants that call a tool say nothing; what tools answer is not read."""
+        if isinstance(message, dict) and message.get("role") in ("assistant", "tool", "function"):
+            unread = message["role"] != "assistant" or message.get("content") is None
+            return {**message, "content": ""} if unread else message
+        if isinstance(message, dict) and message.get("content") is None:
+            return {**message, "content": None}  # an error that names the field
+        return message
+
+    @property
+    def is_system(self) -> bool:
+        return self.role in ("system", "developer")
 
 
 class StreamOptions(_Request):
@@ -108,38 +123,26 @@ class ChatRequest(_Request):
     model: str | None = Field(None, description="The model, an adapter, or the name of a character that ships.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="Takes precedence over max_tokens.")
+    max_tokens: Annotated[int | None, UNSET_NUMBER] = Field(None, ge=1, description="0 or -1: the default.")
+    max_completion_tokens: Annotated[int | None, UNSET_NUMBER] = Field(
+        None, ge=1, description="Takes precedence over max_tokens."
+    )
     temperature: float | None = Field(None, ge=0, le=10, description="0: always the most likely token.")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: Annotated[float | None, UNSET_NUMBER] = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="0 or -1 means all.")
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: Annotated[float | None, UNSET_NUMBER] = Field(None, gt=0, le=10)
     seed: int | None = Field(None, lt=2**63, description="A negative one counts as none.")
-    stop: Annotated[list[StopText], Field(max_length=16)] | StopText | None = None
-    n: Literal[1] | None = 1
+    stop: Annotated[Annotated[list[StopText], Field(max_length=16)] | StopText | None, UNSET_TEXT] = None
+    n: int | None = Field(1, ge=1, le=128, description="Replies; at most as many as the server has slots.")
+    continue_final_message: bool | None = Field(None, description="Default: if an assistant has the last word.")
+    add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
 
-    @model_validator(mode="after")
-    def _says_something(self) -> "ChatRequest":
-        if not any(message.role in ("user", "assistant") and message.content.strip() for message in self.messages):
-            raise ValueError("messages 里没有可以回答的话 [no user message]：至少要有一条非空的 user 消息")
-        return self
-
     def conversation(self, character: SessionMeta | None) -> Conversation:
-        """The persona is the `session_meta` of the request, else `character`, the one its `model` names, else what the
-        system messages say, else 苏梦远. System messages beside a persona are added to what it knows about the character.
+        """See `chat_prompt`."""
+        from .prompts import chat_prompt
 
-        Raises:
-            CharacterError: the persona with the system messages is too long.
-        """
-        given = self.chat_template_kwargs and self.chat_template_kwargs.session_meta
-        system = " ".join(m.content for m in self.messages if m.role in ("system", "developer") and m.content.strip())
-        persona = given or character or (None if system else get_character(DEFAULT_CHARACTER))
-        if persona is None:
-            persona = as_session_meta({"bot_name": SYSTEM_CHARACTER, "bot_info": system})
-        elif system:
-            persona = as_session_meta({**persona.model_dump(), "bot_info": f"{persona.bot_info} {system}".strip()})
-        return persona, split_turns(self.messages)
+        return chat_prompt(self, character)
 
     def generation(self) -> dict:
         """Parameters for `GenerationParameters`: only what the client has set."""
@@ -157,17 +160,6 @@ class ChatRequest(_Request):
     def stops(self) -> list[str]:
         """Texts at which the reply ends."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-
-def split_turns(messages: list[Message]) -> list[list[dict]]:
-    """User and assistant messages in turns, each beginning with a user message; empty messages are left out."""
-    turns: list[list[dict]] = []
-    for message in messages:
-        if message.role in ("user", "assistant") and message.content.strip():
-            if message.role == "user" or not turns:
-                turns.append([])
-            turns[-1].append({"role": message.role, "content": message.content})
-    return turns
 
 
 class Usage(BaseModel):

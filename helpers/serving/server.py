@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import httpx
 import torch
@@ -25,6 +26,16 @@ from .app import create_app
 
 API_KEY_VARIABLE = "CHARACTERGLM_API_KEY"
 SEND_SECONDS = 30.0  # how long a client may leave what is sent to it unread
+# A script of the reader's own, run as `python SCRIPT MODEL PORT`, but it ends when its notebook is gone, however that ended.
+RUN_SCRIPT = """
+import os, runpy, signal, sys, threading
+def end_with_notebook():
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=end_with_notebook, daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def serve(
@@ -126,6 +137,8 @@ def log_as_json() -> None:
 class Server:
     """An API in a process of its own, for a notebook: `start`, use `url`, `stop`. It ends with this process at the latest.
 
+    One at a time for each `port` asked for: the one before is stopped first, so that a cell can be run again.
+
     Args:
         model: "auto", "nano", "6b" or a directory.
         port: the one to use, or the next free one after it.
@@ -136,9 +149,15 @@ class Server:
         options: more command-line options, as in `python -m helpers serve --help`.
     """
 
+    _by_port: ClassVar[dict[int, "Server"]] = {}
+
     def __init__(
         self, model="auto", *, log_file, port: int = DEFAULT_PORT, script=None, api_key: str | None = None, options=()
     ):
+        self.process: subprocess.Popen | None = None
+        if port in self._by_port:
+            self._by_port[port].stop()
+        self._by_port[port] = self
         self.port = free_port(port)
         if self.port != port:
             print(f"端口 {port} 已被占用 [port in use]，改用 {self.port}")
@@ -148,9 +167,8 @@ class Server:
         self.environment = {"OMP_NUM_THREADS": str(default_threads()), **os.environ, "PYTHONPATH": python_path}
         self.environment |= {"PYTHONIOENCODING": "utf-8", API_KEY_VARIABLE: api_key or ""}
         own = ["-m", "helpers", "serve", "--model", model, "--port", self.port, "--until-stdin-closes"]
-        arguments = own if script is None else [script, model, self.port]
+        arguments = own if script is None else ["-c", RUN_SCRIPT, script, model, self.port]
         self.command = [sys.executable, *map(str, [*arguments, *options])]
-        self.process: subprocess.Popen | None = None
 
     def start(self, seconds: float = 300) -> "Server":
         """Start the process and wait until the model is loaded.

@@ -9,12 +9,14 @@ from pathlib import Path
 from ..characters.personas import SessionMeta, load_characters
 from ..chat.fitting import fit_prompt
 from ..chat.generation import GenerationParameters, model_defaults
-from ..errors import EngineError, HelpersError
+from ..errors import ChatError, EngineError, HelpersError
 from ..model.adapters import adapter_card, add_adapter
 from ..model.loading import load, pick_model, resolve_model
 from .engine import Engine, Generation, shared_copy
 
 logger = logging.getLogger("helpers.serving")
+
+ANY_MODEL = "characterglm"  # stands for the model, whichever it is
 
 
 class UnknownModelError(HelpersError, KeyError):
@@ -30,16 +32,26 @@ class Service:
     Args:
         model: "auto", "nano", "6b" or a directory, as for `helpers.load`; or a pair (model, tokenizer) already loaded.
         adapters: name to directory of LoRA adapters; a request chooses one by its name as `model`.
+        served_model_name: one more name for the model.
         engine_options: for `Engine`.
     """
 
-    def __init__(self, model="auto", adapters: dict[str, str | Path] | None = None, **engine_options):
+    def __init__(
+        self,
+        model="auto",
+        adapters: dict[str, str | Path] | None = None,
+        served_model_name: str | None = None,
+        **engine_options,
+    ):
         self.source, self.adapters, self.engine_options = model, dict(adapters or {}), engine_options
-        self.name = "characterglm" if isinstance(model, tuple) else resolve_model(pick_model(model)[0]).name
+        self.name = ANY_MODEL if isinstance(model, tuple) else resolve_model(pick_model(model)[0]).name
         # An adapter speaks as the persona that is kept beside it.
         own_cards = {name: adapter_card(directory) for name, directory in self.adapters.items()}
         self.characters = load_characters() | {name: card for name, card in own_cards.items() if card}
-        self.model_names = [self.name, *self.adapters, *(n for n in self.characters if n not in self.adapters)]
+        # `characterglm` works on every model, so that copied code does, too.
+        self.model_names = list(
+            dict.fromkeys([self.name, *filter(None, [served_model_name]), ANY_MODEL, *self.adapters, *self.characters])
+        )
         self.engines: dict[str, Engine] = {}
         self.tokenizer = None
         self.defaults: dict = {}  # what the model's own files say about generation
@@ -94,14 +106,21 @@ class Service:
         Raises:
             UnknownModelError: nothing has this name; EngineError: the model is still being loaded.
         """
-        if name and name not in self.model_names:
-            raise UnknownModelError(f"没有叫 {name!r} 的模型 [model not found]，可选：{'、'.join(self.model_names)}")
+        if name:
+            self.check_name(name)
         if not self.engines:
             raise EngineError("模型还在加载 [loading]：请过几秒再试")
         return self.engines.get(name or self.name, self.engines[self.name]), self.characters.get(name or "")
 
-    async def start(self, engine: Engine, persona: SessionMeta, turns: list, chosen: dict) -> Generation:
-        """Begin a reply.
+    def check_name(self, name: str) -> None:
+        """Raise UnknownModelError if there is neither a model nor an adapter nor a character called `name`."""
+        if name not in self.model_names:
+            raise UnknownModelError(f"没有叫 {name!r} 的模型 [model not found]，可选：{'、'.join(self.model_names)}")
+
+    async def start(
+        self, engine: Engine, persona: SessionMeta, turns: list, chosen: dict, n: int = 1
+    ) -> list[Generation]:
+        """Begin `n` replies to one prompt, each with a seed of its own if one is given.
 
         Args:
             turns: lists of chat messages, as for `fit_prompt`; the oldest are left out if they do not fit.
@@ -114,15 +133,22 @@ class Service:
         context = min(parameters.max_length or engine.context, engine.context)
         # Every message is two tokens at least: more turns cannot fit, and rendering them would hold up others.
         turns = turns[-max(1, context // 2) :]
-        generation = engine.reserve()
+        if n > engine.slots:
+            raise ChatError(f"一次最多 {engine.slots} 条回复 [too many replies]：n={n}，请减小 n")
+        generations: list[Generation] = []
         try:
+            generations += (engine.reserve() for _ in range(n))
             input_ids, _, parameters.max_new_tokens = await asyncio.to_thread(
                 self._fit, persona, turns, parameters, context
             )
+            for number, generation in enumerate(generations):
+                seed = None if parameters.seed is None else (parameters.seed + number) % 2**63
+                generation.start(input_ids, parameters.model_copy(update={"seed": seed}))
+            return generations
         except BaseException:
-            generation.cancel()
+            for generation in generations:
+                generation.cancel()
             raise
-        return generation.start(input_ids, parameters)
 
     def _fit(self, *arguments):
         with self._tokenizer_lock:

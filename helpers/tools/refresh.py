@@ -66,10 +66,16 @@ def strip_for_git(notebook: NotebookNode) -> NotebookNode:
         seen[digest] += 1
         if cell.cell_type == "code":
             cell.execution_count = count = count + 1  # the removed cells left gaps
-            cell.outputs = [_clean_output(output, count) for output in cell.outputs]
+            cell.outputs = [_clean_output(output, count) for output in cell.outputs if not _is_progress_bar(output)]
     cleaned = nbformat.v4.new_notebook(cells=cells, metadata=METADATA, nbformat_minor=5)
     nbformat.validate(cleaned)
     return cleaned
+
+
+def _is_progress_bar(output: NotebookNode) -> bool:
+    # Displayed, with nothing but a text beside its widget: the text stays at 0 % for ever.
+    kinds = set(output.get("data", {}))
+    return output.output_type == "display_data" and kinds == {WIDGET_VIEW, "text/plain"}
 
 
 def _clean_output(output: NotebookNode, count: int) -> NotebookNode:

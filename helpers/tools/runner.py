@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..errors import HelpersError, did_you_mean
 from ..inspect.receipt import checked, collect_versions, receipt_path, utc_now
-from ..paths import PROJECT_DIR, write_json
+from ..paths import PROJECT_DIR, make_writable_folder, write_json
 
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 START_TIMEOUT_SECONDS = 120
@@ -80,13 +80,13 @@ def run_notebooks(
     the caller's, as with papermill itself.
 
     Raises:
-        RunError: an unknown notebook or parameter. Nothing has been started.
+        HelpersError: an unknown notebook or parameter, or a folder that cannot be written. Nothing has been started.
     """
     output_dir = Path(output_dir).resolve()
     if output_dir == Path(notebooks_dir).resolve():
         raise RunError("输出会覆盖原件 [output would overwrite the notebooks]：请换一个 --output-dir")
     plan = plan_parameters(find_notebooks(numbers, notebooks_dir), parameters or {}, model=model, output_dir=output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_writable_folder(output_dir)
     results = [Result(path.name, parameters=values) for path, values in plan.items()]
     report = {"started_utc": utc_now(), "finished_utc": None, "status": "running", "model": model}
     report["versions"] = collect_versions()
@@ -209,6 +209,7 @@ def _execute(path: Path, copy: Path, parameters: dict[str, Any], current: Curren
         start_timeout=START_TIMEOUT_SECONDS,
         # The rest goes to nbclient. Widget state would make a copy ten times as large and is of no use in it.
         store_widget_state=False,
+        coalesce_streams=True,  # a streamed reply is one output, not one a token
         kernel_manager_class=InterpreterKernelManager,
         on_cell_start=current.on_cell_start,
     )

@@ -1,9 +1,7 @@
 """Build the next CharacterGLM-Nano: tokenizer and weights from `data/dialogues/` and `data/everyday/`.
 
     PYTHONPATH=scripts python -m nano.build --output-dir outputs/nano    # about 105 minutes of CPU time, by its first steps
-    PYTHONPATH=scripts python -m nano.build --tokens 300000 --output-dir outputs/nano    # a quick trial
-
-The weights in `data/nano` are still those of `scripts/build_nano.py`.
+    PYTHONPATH=scripts python -m nano.build --broad 200000 --focus 100000 --output-dir outputs/nano    # a quick trial
 
 Nano is a teaching stand-in for CharacterGLM-6B: the same architecture, file layout and prompt, a thousandth of the
 size. It is to know its lines by heart, so it is trained until it fits them.
@@ -33,8 +31,8 @@ from .model import new_model
 from .tokenizer import LineEncoder, train_tokenizer
 from .training import Training
 
-TOKENS = 12_000_000
-DECAY = 5_000_000  # of these, at a falling learning rate
+BROAD_TOKENS = 5_068_800  # everything, at a constant learning rate
+FOCUS_TOKENS = 7_000_000  # one reply for each line, at a falling one
 SAVE_EVERY = 1_000_000
 SAMPLING = {"do_sample": True, "temperature": 0.35, "top_p": 0.9, "top_k": 100, "repetition_penalty": 1.0}
 
@@ -63,14 +61,14 @@ def strings(value) -> list[str]:
     return [text for item in (value.values() if isinstance(value, dict) else value) for text in strings(item)]
 
 
-def prepare(work: Path, seed: int) -> tuple[Training, AutoTokenizer]:
+def prepare(work: Path, seed: int, broad_tokens: int) -> tuple[Training, AutoTokenizer]:
     """A fresh tokenizer in `work`, and a fresh model with the stream of its training rows."""
     torch.manual_seed(seed)
     train_tokenizer(training_texts(), work)
     (work / "config.json").write_text('{"model_type": "chatglm"}')
     tokenizer = AutoTokenizer.from_pretrained(work)
     composer = Composer(LineEncoder(tokenizer), training_dialogues(), random.Random(seed))
-    return Training(new_model(tokenizer), composer.batches()), tokenizer
+    return Training(new_model(tokenizer), composer.batches(broad_tokens)), tokenizer
 
 
 def write(training: Training, work: Path, log: dict) -> None:
@@ -86,8 +84,8 @@ def write(training: Training, work: Path, log: dict) -> None:
 
 def main(
     output_dir: Path = NANO_DIR,
-    tokens: int = TOKENS,
-    decay: int = DECAY,
+    broad: int = BROAD_TOKENS,
+    focus: int = FOCUS_TOKENS,
     seed: int = 0,
     threads: int = 2,
     checkpoints: Annotated[Path | None, typer.Option(help="keep the state of the training here, on the way")] = None,
@@ -99,7 +97,7 @@ def main(
     work = output_dir.with_name(output_dir.name + ".partial")  # data/nano stays usable until the new one is complete
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    training, _ = prepare(work, seed)
+    training, _ = prepare(work, seed, broad)
     if resume:
         training.restore(resume)
 
@@ -110,7 +108,7 @@ def main(
             training.save(checkpoints / f"{line['tokens'] // SAVE_EVERY}.pt")
 
     print(f"{training.model.num_parameters():,} parameters")
-    log = training.run(tokens, min(decay, tokens // 2), on_log)
+    log = training.run(broad + focus, focus, on_log)
     seconds = {"training_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     write(
         training, work, {"parameters": training.model.num_parameters(), "tokens": training.read, **seconds, "log": log}

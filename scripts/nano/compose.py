@@ -39,15 +39,26 @@ class Composer:
         self.personas = Personas(rng, self.slots, {v: m for v, m in MANNERS.items() if v in self.everyday.decks})
         self.dialogues = {name: Deck([d for d in dialogues if d.card.bot_name == name], rng) for name in self.cards}
         self.duets = Deck(read_rows(EVERYDAY / "duets.jsonl"), rng)
+        self.dialogue_share = 0.1  # of the exchanges with the usual partner: a whole dialogue instead
         self.names = Deck(list(self.cards), rng)
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of `TOKENS_PER_BATCH` tokens, rows of one length each."""
+    def batches(self, broad_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of `TOKENS_PER_BATCH` tokens, rows of one length each; after `broad_tokens` focused, in half batches."""
         makers = {"character": self.character_row, "persona": self.persona_row, "duet": self.duet_row}
+        size, read = TOKENS_PER_BATCH, 0
         while True:
+            if read >= broad_tokens and size == TOKENS_PER_BATCH:
+                self.focus()
+                size //= 2
             (length,) = self.rng.choices(list(LENGTHS), list(LENGTHS.values()))
-            kinds = self.rng.choices(list(KINDS), list(KINDS.values()), k=TOKENS_PER_BATCH // length)
+            kinds = self.rng.choices(list(KINDS), list(KINDS.values()), k=size // length)
             yield to_batch([makers[kind](length) for kind in kinds], length)
+            read += size
+
+    def focus(self) -> None:
+        """From now on one reply for each line, and few dialogues: what is to be known by heart must be met often."""
+        self.everyday.keep_first_replies()
+        self.dialogue_share = 0.01
 
     def character_row(self, length: int) -> Row:
         """A shipped character with its usual partner or somebody else."""
@@ -66,7 +77,7 @@ class Composer:
             row.add(self.encoder, session, "", card.greeting, length)
         talk = self._talk(session, card.bot_name, card.user_name, self._words(session))
         for query, reply in talk:
-            if usual and rng.random() < 0.1 and not self._dialogue(row, session, card.bot_name, length):
+            if usual and rng.random() < self.dialogue_share and not self._dialogue(row, session, card.bot_name, length):
                 break
             if not row.add(self.encoder, session, query, reply, length):
                 break

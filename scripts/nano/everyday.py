@@ -118,6 +118,14 @@ class Everyday:
                 self.by_intent.setdefault((speaker, intent), []).append(text)
         self.decks = {speaker: Deck(replies, rng) for speaker, replies in self.replies.items()}
 
+    def keep_first_replies(self) -> None:
+        """Forget all but the first reply of each speaker to each intent."""
+        for texts in self.by_intent.values():
+            del texts[1:]
+        for speaker in self.decks:
+            first = [(intent, texts[0]) for (who, intent), texts in self.by_intent.items() if who == speaker]
+            self.decks[speaker] = Deck(first, self.rng)
+
     def exchange(self, speaker: str, session: SessionMeta, partner: str | None, words: dict, facts: dict) -> list[str]:
         """[line, reply] of the next intent of `speaker`, a character or a voice.
 

@@ -30,7 +30,7 @@ def use_nano(page) -> None:
 
 
 def run_all(page) -> None:
-    """Run all cells and wait for the last one: the receipt."""
+    """Run all cells and wait for the last one."""
     page.click("text=Run >> nth=0")
     page.click("text=Run All Cells")
     page.wait_for_function(
@@ -63,7 +63,7 @@ def test_notebook_01_runs_in_jupyterlab(lab, page):
     run_all(page)
     scroll_through(page)
     keep_screenshots(page)
-    outputs = saved_outputs(page, lab, NOTEBOOK, last="receipt_01.json")
+    outputs = saved_outputs(page, lab, NOTEBOOK, last="练习 4）")
     assert "全部通过" in outputs and "receipt_01.json" in outputs
     assert "[陆星辰] 你好呀，小苏" in outputs
     assert not page.outside_requests, page.outside_requests

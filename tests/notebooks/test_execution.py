@@ -13,6 +13,7 @@ import nbformat
 import pytest
 from rules import exercises
 
+from helpers.characters.dialogues import load_dialogues
 from helpers.cli.app import main
 from helpers.network import port_is_free
 from helpers.tools import runner
@@ -87,6 +88,25 @@ def test_every_cell_runs_twice_and_every_solution_is_right(number: str, tmp_path
     executed = nbformat.read(tmp_path / "out" / result.executed, as_version=4).cells[-len(solved) :]
     said = ["".join(output.get("text", "") for output in cell.outputs) for cell in executed]
     assert all(text.startswith("对") for text in said), said
+
+
+@pytest.mark.slow
+def test_fine_tuning_takes_the_data_of_other_people(tmp_path: Path) -> None:
+    """A persona in every row, half of the rows too long, one conversation longer than MAX_LENGTH: said, not stopped by."""
+    dialogues = [dialogue for dialogue in load_dialogues() if dialogue.card.bot_name in ("孙悟空", "林黛玉")]
+    dialogues = dialogues[:: len(dialogues) // 80][:80]
+    rows = [{"id": one.id, "session_meta": one.card.model_dump(), "history": one.history} for one in dialogues]
+    rows += [row | {"id": f"{row['id']}-long", "history": [["说" * 2000, "好。"]]} for row in rows]
+    rows += [rows[0] | {"id": "many turns", "history": [["还有呢？", f"第{n}件事，听我慢慢说。"] for n in range(60)]}]
+    data = tmp_path / "theirs.jsonl"
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    parameters = {"DATA": str(data), "CARD": "", "MAX_LENGTH": 256, "COMPARE": 2, "REPLAY": 0}
+    (result,) = runner.run_notebooks(["04"], model="nano", parameters=parameters, output_dir=tmp_path / "out")
+    assert result.status == "ok", result.failure
+    cells = nbformat.read(tmp_path / "out" / result.executed, as_version=4).cells
+    said = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+    assert "太长 [too long] 80 行" in said
+    assert "2 份人设" in said
 
 
 @pytest.mark.slow

@@ -1,16 +1,20 @@
-"""Personas: the shipped cards, validation that names the field, and character-card V2, as JSON and PNG, in and out."""
+"""Personas: the shipped cards, validation that names the field, and character cards V1 to V3, in and out."""
 
 import base64
 import io
 import json
 import struct
+import zipfile
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import helpers
-from helpers.characters.personas import CHARACTERS_FILE, CharacterCard, SessionMeta, as_session_meta
+from helpers.characters.cards import open_content
+from helpers.characters.macros import CardWarning, example_turns, fill_macros
+from helpers.characters.personas import CHARACTERS_FILE, MAX_TEXT, CharacterCard, SessionMeta, as_session_meta
 from helpers.errors import CharacterError
 
 META = {"bot_name": "阿九", "bot_info": "飞船", "user_name": "林舟", "user_info": "船长"}
@@ -92,7 +96,9 @@ def test_get_character():
 
 
 @pytest.mark.parametrize("field", META)
-@pytest.mark.parametrize("value", [5, ["x"], {}, True, b"x", "\ud800", "长" * 9000], ids=lambda v: repr(v)[:10])
+@pytest.mark.parametrize(
+    "value", [5, ["x"], {}, True, b"x", "\ud800", "长" * (MAX_TEXT + 1)], ids=lambda v: repr(v)[:10]
+)
 def test_invalid_field_is_named(field, value):
     with pytest.raises(CharacterError, match=f"invalid persona.*{field}"):
         as_session_meta({**META, field: value})
@@ -163,13 +169,13 @@ def test_invalid_card_in_a_file_is_named(tmp_path, card, problem):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", '"x"', "[" * 100_000], ids=lambda c: c[:6])
-@pytest.mark.parametrize("read", [helpers.load_characters, helpers.import_card_v2])
+@pytest.mark.parametrize("read", [helpers.load_characters, helpers.import_card])
 def test_junk_file_is_refused(tmp_path, read, content):
     with pytest.raises(CharacterError, match="junk.json"):
         read(write(tmp_path / "junk.json", content))
 
 
-@pytest.mark.parametrize("read", [helpers.load_characters, helpers.import_card_v2])
+@pytest.mark.parametrize("read", [helpers.load_characters, helpers.import_card])
 def test_unreadable_file_is_refused(tmp_path, read):
     binary = tmp_path / "card.json"
     binary.write_bytes(b"\xff\xfe")
@@ -190,8 +196,8 @@ def test_unreadable_file_is_refused(tmp_path, read):
 @pytest.mark.parametrize("card", helpers.load_characters().values(), ids=lambda card: card.bot_name)
 def test_v2_round_trip(card, tmp_path):
     exported = helpers.export_card_v2(card)
-    assert helpers.import_card_v2(exported) == card
-    assert helpers.import_card_v2(str(write(tmp_path / "card.json", exported))) == card
+    assert helpers.import_card(exported) == card
+    assert helpers.import_card(str(write(tmp_path / "card.json", exported))) == card
 
 
 def test_v2_export_has_what_the_specification_requires():
@@ -206,28 +212,29 @@ def test_v2_export_has_what_the_specification_requires():
 
 
 def test_import_of_a_foreign_card(foreign_card):
-    card = helpers.import_card_v2(foreign_card)
+    card = helpers.import_card(foreign_card)
     assert card.bot_name == "Seraphina"
     assert card.user_name == "用户"
     assert card.bot_info == "Seraphina guards the forest. 用户 was hurt. kind Seraphina finds 用户."
     assert card.greeting == "*Seraphina smiles.* Hello, 用户!"
-    assert card.source == "character card V2"
+    assert card.source == "character card"
+    assert card.examples == []  # "hi" has no answer
 
 
 def test_placeholders_are_filled_once(foreign_card):
     foreign_card["data"] |= {"name": "{{user}}", "description": "{{char}} and <USER>"}
-    assert helpers.import_card_v2(foreign_card).bot_info.startswith("{{user}} and 用户")
+    assert helpers.import_card(foreign_card).bot_info.startswith("{{user}} and 用户")
 
 
 @pytest.mark.parametrize("extensions", [None, {}, {"characterglm": None}, {"characterglm": "x"}, {"depth_prompt": {}}])
 def test_other_extensions_do_no_harm(foreign_card, extensions):
     foreign_card["data"]["extensions"] = extensions
-    assert helpers.import_card_v2(foreign_card).user_name == "用户"
+    assert helpers.import_card(foreign_card).user_name == "用户"
 
 
 def test_fields_may_be_null_or_missing(foreign_card):
     foreign_card["data"] = {"name": "Seraphina", "description": None, "first_mes": None}
-    card = helpers.import_card_v2(foreign_card)
+    card = helpers.import_card(foreign_card)
     assert (card.bot_info, card.greeting) == ("", "")
 
 
@@ -242,44 +249,35 @@ def test_fields_may_be_null_or_missing(foreign_card):
 )
 def test_wrong_type_in_a_foreign_card_is_named(foreign_card, field, value):
     foreign_card["data"][field] = value
-    with pytest.raises(CharacterError, match=rf"V2.*invalid persona.*{field}"):
-        helpers.import_card_v2(foreign_card)
+    with pytest.raises(CharacterError, match=rf"chara_card_v2.*invalid persona.*{field}"):
+        helpers.import_card(foreign_card)
 
 
 def test_wrong_type_in_our_extension_is_named(foreign_card):
     foreign_card["data"]["extensions"] = {"characterglm": {"user_name": None}}
     with pytest.raises(CharacterError, match="user_name"):
-        helpers.import_card_v2(foreign_card)
+        helpers.import_card(foreign_card)
 
 
 def test_too_long_a_persona_is_named(foreign_card):
-    foreign_card["data"] |= {"description": "x" * 5000, "personality": "y" * 5000}
-    with pytest.raises(CharacterError, match="bot_info.*8000"):
-        helpers.import_card_v2(foreign_card)
+    foreign_card["data"] |= {"description": "x" * 60_000, "personality": "y" * 60_000}
+    with pytest.raises(CharacterError, match="bot_info.*100000"):
+        helpers.import_card(foreign_card)
 
 
 @pytest.mark.parametrize("data", [None, "x", [], 5])
 def test_v2_card_without_data_is_refused(foreign_card, data):
-    with pytest.raises(CharacterError, match="V2"):
-        helpers.import_card_v2({**foreign_card, "data": data})
+    with pytest.raises(CharacterError, match="invalid persona.*name"):
+        helpers.import_card({**foreign_card, "data": data})
 
 
-@pytest.mark.parametrize(
-    "card",
-    [
-        {"name": "x", "description": "V1", "personality": "", "scenario": "", "first_mes": "", "mes_example": ""},
-        {"spec": "chara_card_v3", "data": {"name": "x"}},
-        {"spec": None, "data": {"name": "x"}},
-        {},
-    ],
-    ids=["V1", "V3", "null", "empty"],
-)
-def test_other_cards_are_refused(card):
-    with pytest.raises(CharacterError, match="not a V2 card"):
-        helpers.import_card_v2(card)
+@pytest.mark.parametrize("card", [{}, {"spec": "lorebook_v3", "data": {"name": "x"}}, {"name": "x"}, {"spec": "x"}])
+def test_other_json_is_no_card(card):
+    with pytest.raises(CharacterError, match="not a character card"):
+        helpers.import_card(card)
 
 
-# --- character-card V2 in a PNG
+# --- cards in a PNG
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -302,10 +300,10 @@ def chara(text: bytes) -> bytes:
 def test_png_round_trip(card, tmp_path):
     content = helpers.export_card_png(card)
     assert len(content) < 10_000
-    assert helpers.import_card_v2(content) == card
+    assert helpers.import_card(content) == card
     file = tmp_path / "card.anything"
     file.write_bytes(content)
-    assert helpers.import_card_v2(file) == helpers.import_card_v2(str(file)) == card
+    assert helpers.import_card(file) == helpers.import_card(str(file)) == card
 
 
 def test_png_shows_the_given_picture_and_only_the_new_card(tmp_path):
@@ -313,17 +311,17 @@ def test_png_shows_the_given_picture_and_only_the_new_card(tmp_path):
     picture = tmp_path / "old.png"
     Image.open(io.BytesIO(helpers.export_card_png(old))).resize((30, 40)).save(picture)
     content = helpers.export_card_png(new, picture)
-    assert helpers.import_card_v2(content) == new
+    assert helpers.import_card(content) == new
     assert Image.open(io.BytesIO(content)).size == (30, 40)
 
 
 def test_png_of_another_program(foreign_card):
     text = base64.b64encode(json.dumps(foreign_card).encode())
-    assert helpers.import_card_v2(png(chara(text))).bot_name == "Seraphina"
+    assert helpers.import_card(png(chara(text))).bot_name == "Seraphina"
 
 
 def test_card_from_the_content_of_a_json_file(foreign_card):
-    assert helpers.import_card_v2(json.dumps(foreign_card).encode()).bot_name == "Seraphina"
+    assert helpers.import_card(json.dumps(foreign_card).encode()).bot_name == "Seraphina"
 
 
 GOOD = base64.b64encode(json.dumps(helpers.export_card_v2(CharacterCard(**META))).encode())
@@ -332,20 +330,18 @@ GOOD = base64.b64encode(json.dumps(helpers.export_card_v2(CharacterCard(**META))
 @pytest.mark.parametrize(
     "content, problem",
     [
-        (png(), "no card in PNG"),
-        (png(chunk(b"tEXt", b"ccv3\0" + GOOD)), "no card in PNG.*V3"),
+        (png(), "no card in picture.*聊天软件"),
         (png(chara(b"!!!")), "damaged card"),
         (png(chara("é".encode("latin-1"))), "damaged card"),
-        (png(chara(GOOD[:-5])), "damaged card"),
+        (png(chara(GOOD[:-5])), "damaged card|invalid JSON"),
         (png(chara(base64.b64encode(b"\xff{"))), "invalid JSON"),
         (png(chara(base64.b64encode(b"[1]"))), "not a JSON object"),
-        (png(chara(base64.b64encode(b'{"name": "V1"}'))), "not a V2 card"),
-        (png(chara(GOOD), size=(6000, 6000)), "image too large"),
-        (png(chara(GOOD), size=(60000, 60000)), "damaged image.*bomb"),
-        (png(chunk(b"zTXt", b"chara\0\0" + zlib.compress(b"A" * 100_000_000))), "damaged image.*too large"),
-        (png(chara(GOOD))[:30], "damaged image"),
-        (png(chara(GOOD)).replace(b"IDAT\x78", b"IDAT\0"), "damaged image"),
-        (b"GIF89a", "invalid JSON"),
+        (png(chara(base64.b64encode(b'{"name": "V1"}'))), "not a character card"),
+        (png(chunk(b"zTXt", b"chara\0\0" + zlib.compress(b"A" * 100_000_000))), "file too large"),
+        (png(chunk(b"zTXt", b"chara\0\0not zlib")), "damaged card"),
+        (png(chara(GOOD))[:30], "no card in picture"),
+        (b"\x89PNG\r\n\x1a\n" + b"\xff" * 50, "no card in picture"),
+        (b"GIF89a", "damaged image"),
         (b" " * 20_000_001, "file too large"),
         (b"\x89PNG\r\n\x1a\n" + b" " * 20_000_001, "file too large"),
     ],
@@ -353,7 +349,7 @@ GOOD = base64.b64encode(json.dumps(helpers.export_card_v2(CharacterCard(**META))
 )
 def test_bad_png_is_refused(content, problem):
     with pytest.raises(CharacterError, match=problem):
-        helpers.import_card_v2(content)
+        helpers.import_card(content)
 
 
 def test_picture_that_cannot_be_read_is_refused(tmp_path):
@@ -362,3 +358,144 @@ def test_picture_that_cannot_be_read_is_refused(tmp_path):
         helpers.export_card_png(CharacterCard(**META), text)
     with pytest.raises(CharacterError, match="file not found"):
         helpers.export_card_png(CharacterCard(**META), tmp_path / "nowhere.png")
+
+
+# --- cards as they are found
+
+CLIENTS = Path(__file__).parents[1] / "clients" / "cards"
+V3 = {"spec": "chara_card_v3", "spec_version": "3.0"}
+
+
+@pytest.mark.parametrize("file", ["st119_export.json", "st119_export.png", "v1.json"])
+def test_cards_of_sillytavern(file):
+    card = helpers.import_card(CLIENTS / file)
+    assert (card.bot_name, card.bot_info, card.greeting) == ("V1er", "v1 d kind forest", "yo")
+
+
+def test_round_trip_through_sillytavern_changes_nothing():
+    assert helpers.import_card(CLIENTS / "st119_sumengyuan_roundtrip.png") == helpers.get_character("苏梦远")
+
+
+def test_a_picture_without_a_card():
+    with pytest.raises(CharacterError, match="no card in picture.*聊天软件"):
+        helpers.import_card(CLIENTS / "reencoded.jpg")
+
+
+def test_a_png_holds_both_specs():
+    text = Image.open(io.BytesIO(helpers.export_card_png(CharacterCard(**META)))).text
+    specs = [json.loads(base64.b64decode(text[key]))["spec"] for key in ("chara", "ccv3")]
+    assert specs == ["chara_card_v2", "chara_card_v3"]
+
+
+def packed(name, spec="chara_card_v2", **fields) -> bytes:
+    return base64.b64encode(json.dumps({"spec": spec, "data": {"name": name, **fields}}).encode())
+
+
+def test_the_newer_card_counts():
+    v3, old = (chunk(b"tEXt", b"ccv3\0" + packed("three", "chara_card_v3", modification_date=n)) for n in (200, 100))
+    assert helpers.import_card(png(chara(packed("two")), v3)).bot_name == "three"
+    assert helpers.import_card(png(chara(packed("two", modification_date=150)), old)).bot_name == "two"
+    assert helpers.import_card(png(v3)).bot_name == "three"
+
+
+@pytest.mark.parametrize(
+    "text", [GOOD.rstrip(b"="), GOOD[:40] + b"\r\n" + GOOD[40:], GOOD.translate(bytes.maketrans(b"+/", b"-_"))]
+)
+@pytest.mark.parametrize("keyword", [b"chara", b"Chara", b"CCV3"])
+def test_lenient_text_chunks(text, keyword):
+    compressed = chunk(b"zTXt", keyword + b"\0\0" + zlib.compress(text))
+    international = chunk(b"iTXt", keyword + b"\0\0\0\0\0" + text)
+    for written in (chunk(b"tEXt", keyword + b"\0" + text), compressed, international):
+        assert helpers.import_card(png(written)).bot_name == "阿九"
+
+
+def test_a_large_compressed_card():
+    fields = {"character_book": {"entries": [{"content": f"{n} 条"} for n in range(100_000)]}}
+    large = chunk(b"zTXt", b"chara\0\0" + zlib.compress(packed("big", **fields)))
+    assert helpers.import_card(png(large)).bot_name == "big"
+
+
+def archive(**files: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name, content in files.items():
+            opened.writestr(name.replace("_", "."), content)
+    return file.getvalue()
+
+
+def test_charx():
+    assert (
+        helpers.import_card(archive(card_json=json.dumps({**V3, "data": META | {"name": "x"}}).encode())).bot_name
+        == "x"
+    )
+    for bad, problem in [
+        (archive(other_json=b"{}"), "no card in archive"),
+        (archive(card_json=b"A" * 20_000_001), "file too large"),
+        (archive(card_json=b"{}").replace(b"PK\x03\x04", b"PK\0\0"), "damaged archive"),
+    ]:
+        with pytest.raises(CharacterError, match=problem):
+            helpers.import_card(bad)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("prefix", [b"", b"ASCII\0\0\0"])
+def test_card_in_exif(kind, prefix):
+    file, exif = io.BytesIO(), Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = prefix + GOOD
+    Image.new("RGB", (8, 8)).save(file, kind, exif=exif)
+    assert helpers.import_card(file.getvalue()).bot_name == "阿九"
+
+
+def test_greetings_and_examples_survive(tmp_path):
+    examples = [["你好", "嗯"], ["冷吗", "习惯了"]]
+    card = CharacterCard(**META, greeting="一", alternate_greetings=["二", "三"], examples=examples)
+    assert helpers.import_card(helpers.export_card_png(card)) == card
+
+
+def test_a_long_card_opens():
+    assert len(helpers.import_card({"name": "x", "description": "diary " * 2000}).bot_info) == 12_000
+
+
+def test_chat_log_of_sillytavern_is_a_conversation():
+    found = open_content((CLIENTS / "st_chat.jsonl").read_bytes())
+    assert found["session_meta"]["bot_name"] == "苏梦远" and found["session_meta"]["user_name"] == "Anon"
+    assert found["history"][0] == ["", "陆导您好！今天我们一起聊点什么呢？"]
+    assert found["history"][1][0] == "你好，最近怎么样？" and "原来是冷啊。" in found["history"][1][1]
+
+
+# --- macros
+
+NAMES = {"char": "阿青", "user": "旅人"}
+
+
+@pytest.mark.parametrize(
+    "text, filled",
+    [
+        ("{{ Char }} 和 {{USER}}", "阿青 和 旅人"),
+        ("a{{// a note}}b{{comment: x}}c{{original}}", "abc"),
+        ("a \n{{trim}}\n b", "ab"),
+        ("{{random:x,x}}{{random::y::y}}{{pick::z}}", "xyz"),
+        ("{{random:{{char}},{{pick:{{char}},阿青}}}}", "阿青"),
+        ("<START>{{newline}}x", "\nx"),
+    ],
+)
+def test_macros(text, filled):
+    assert fill_macros(text, NAMES) == filled
+
+
+def test_random_is_chosen_once_by_seed():
+    text = "{{random:a,b,c,d,e,f,g,h}}" * 5
+    chosen = {fill_macros(text, NAMES, seed) for seed in (1, 1, 2, 3)}
+    assert len(chosen) == 3 and all(len(choice) == 5 for choice in chosen)
+
+
+def test_unknown_macros_stay_and_are_named():
+    with pytest.warns(CardWarning, match="unknown macro.*{{getvar::x}}"):
+        assert fill_macros("{{getvar::x}} {{char}}", NAMES) == "{{getvar::x}} 阿青"
+
+
+def test_example_dialogues_become_turns():
+    text = "<START>\n{{user}}: 你叫什么？\n{{char}}: 阿青。\n*低头*\n{{char}}: 你呢？\n<start>\n{{user}}:冷吗？\n{{char}}: 习惯了。\n{{user}}: 再见"
+    assert example_turns(text, NAMES) == [["你叫什么？", "阿青。 *低头* 你呢？"], ["冷吗？", "习惯了。"]]
+    assert example_turns("{{char}}: 来了", NAMES) == [["", "来了"]]
+    assert example_turns("没有名字的一段话", NAMES) == []

@@ -1,5 +1,6 @@
 """The doctor: each check on a machine where it holds and on one where it does not, and the errors it explains."""
 
+import ast
 import json
 import re
 import shutil
@@ -12,13 +13,14 @@ import torch
 from reference import shared
 from typer.testing import CliRunner
 
+import helpers
 from helpers.cli.app import app
-from helpers.errors import HelpersError
+from helpers.errors import CheckpointError, HelpersError
 from helpers.inspect.preflight import check_disk, check_model_files
 from helpers.model.download import bytes_needed, default_model_dir
 from helpers.paths import check_disk_space
 from helpers.tools import doctor
-from helpers.tools.faults import KNOWN_ERRORS, explain
+from helpers.tools.faults import KNOWN_ERRORS, explain, own_messages
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
@@ -177,6 +179,31 @@ TRACEBACKS = {
     "网页打不开": "ssh -CNg",
     "RuntimeError: No CUDA GPUs are available": "无卡模式",
     "ImportError: libtorch_cuda.so: undefined symbol: ncclCommRegister": "重新 make run",
+    "ImportError: cannot import name 'is_torch_fx_available' from 'transformers.utils'": "import helpers",
+    "RuntimeError: \"addmm_impl_cpu_\" not implemented for 'Half'": "float32",
+    "ValueError: Attempting to unscale FP16 gradients.": "add_lora",
+    "RuntimeError: expected scalar type Half but found Float": "dtype",
+    "ValueError: Target modules {'query_key_value'} not found in the base model.": "convert --adapter",
+    "ValueError: We need an `offload_dir` to dispatch this model": "nf4",
+    "safetensors_rust.SafetensorError: Error while deserializing header: HeaderTooLarge": "--verify",
+    "_pickle.UnpicklingError: Weights only load failed. This file can still be loaded": "官方权重",
+    "ModuleNotFoundError: No module named 'bitsandbytes'": "pip install bitsandbytes",
+    "ValueError: Blockwise quantization only supports 16/32-bit floats, but got torch.uint8": "未量化",
+    "TypeError: Trainer.__init__() got an unexpected keyword argument 'tokenizer'": "processing_class",
+    "UnicodeDecodeError: 'gbk' codec can't decode byte 0xa4 in position 64": "load_samples",
+    "UnicodeEncodeError: 'gbk' codec can't encode character '\\U0001f917'": "PYTHONUTF8",
+    "OSError: We couldn't connect to 'https://huggingface.co' to load this file": "helpers download",
+    "modelscope.hub.errors.NotExistError: The request model: x/CharacterGLM-6B not exist": "THUCoAI",
+    "RuntimeError: CUDA error: device-side assert triggered": "-100",
+    "RuntimeError: Expected all tensors to be on the same device, but found two": "model.device",
+    "AttributeError: 'CharacterGLMForCausalLM' object has no attribute 'chat'": "helpers.chat",
+    "AttributeError: can't set attribute 'eos_token'": "import helpers",
+    "ValueError: Can't find 'adapter_config.json' at './output/ChatGLM/'": "output_dir",
+    "size mismatch for base_model.model.transformer.encoder.layers.0.lora_A": "底模",
+    "ValueError: loss is nan": "学习率",
+    "Killed": "内存",
+    "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp": "NCCL_P2P_DISABLE",
+    "json.decoder.JSONDecodeError: Extra data: line 2 column 1 (char 146)": "load_samples",
 }
 
 
@@ -185,6 +212,28 @@ def test_known_errors_are_explained_in_both_languages(text):
     found = explain(f"Traceback (most recent call last):\n{text}\n")
     assert TRACEBACKS[text] in "".join(map(str, found))
     assert all(re.search("[\u4e00-\u9fff]", error.way_out) and error.english.isascii() for error in found)
+
+
+def test_every_text_that_readers_reported_is_explained():
+    """Also the messages of this project, whole or only their key phrase."""
+    source = ast.parse(shared("finetune_cases/error_texts.py").read_text(encoding="utf-8"))
+    (texts,) = (node.value.value for node in source.body if isinstance(node, ast.Assign))
+    rows = [line.partition("|")[2] for line in texts.splitlines()]
+    assert len(rows) == 55
+    assert [text for text in rows if not explain(text)] == []
+
+
+def test_own_messages_are_those_of_the_code():
+    with pytest.raises(CheckpointError) as caught:
+        helpers.load("no such model")
+    for line in (f"Traceback\nhelpers.errors.CheckpointError: {caught.value}", f"错误 [error]：{caught.value}\n"):
+        (found,) = explain(line)
+        assert str(caught.value) in found.way_out and "[unknown model]" in found.english
+    (found,) = explain("[loss is not finite]")
+    assert "试试十分之一" in found.way_out and "training" not in found.cause
+    (found,) = explain("内存或显存不足 [out of memory]：")
+    assert "per_device_train_batch_size" in found.way_out
+    assert len(own_messages()) > 150 and "folder of a LoRA adapter" not in own_messages()  # a help text
 
 
 def test_every_error_of_the_facts_is_explained():
@@ -200,7 +249,17 @@ def test_every_error_of_the_facts_is_explained():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "ValueError: too many values to unpack", "KeyError: 'x'", "SyntaxError: invalid syntax", "all is well"],
+    [
+        "",
+        "x = names[busy]",
+        "f()[busy]",
+        "[never said]",
+        "[user]你好",
+        "ValueError: too many values to unpack",
+        "KeyError: 'x'",
+        "SyntaxError: invalid syntax",
+        "all is well",
+    ],
 )
 def test_other_errors_are_not_explained_away(text):
     assert explain(text) == []

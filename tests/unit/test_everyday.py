@@ -126,9 +126,17 @@ def test_a_row_is_token_for_token_the_prompt_of_inference(tokenizer):
 
 
 def test_rows_fit_their_length_and_are_the_same_for_the_same_seed(composer, tokenizer):
-    ids, positions = next(composer.batches())
+    ids, positions = next(composer.batches(10**9))
     assert ids.numel() == 6144 and 0.2 < len(positions) / ids.numel() < 0.7
     assert (ids.flatten()[positions + 1] != 0).all()
     dialogues = [dialogue for dialogue in load_dialogues() if not dialogue.held_out]
-    again = [next(Composer(LineEncoder(tokenizer), dialogues, random.Random(7)).batches())[0] for _ in range(2)]
+    again = [next(Composer(LineEncoder(tokenizer), dialogues, random.Random(7)).batches(10**9))[0] for _ in range(2)]
     assert again[0].equal(again[1])
+
+
+def test_focused_training_knows_one_reply_for_each_line(composer):
+    first = {key: texts[0] for key, texts in composer.everyday.by_intent.items()}
+    composer.focus()
+    for speaker, deck in composer.everyday.decks.items():
+        assert len(deck.items) == len({intent for intent, _ in deck.items}) > 200
+        assert all(first[speaker, intent] == text for intent, text in deck.items)

@@ -133,6 +133,7 @@ def test_comparison_counts_and_escapes():
     counts = comparison.counts()
     assert counts["base"] == {"replies": 2, "in_voice": 0, "breaks_character": 1, "repeats_itself": 0, "distinct_2": 1}
     assert (counts["tuned"]["in_voice"], counts["tuned"]["repeats_itself"]) == (2, 1)
+    assert (counts["data"]["replies"], counts["data"]["in_voice"], counts["data"]["repeats_itself"]) == (2, 0, 1)
     page = comparison._repr_html_()
     assert "<b>" not in page and "<img" not in page and "&lt;img src=x&gt;" in page and "w" * 99 in page
     assert "tuned：洒家" in repr(comparison)

@@ -1,6 +1,7 @@
 """Training: what is trained, that runs survive being killed, and that failures explain themselves."""
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -21,11 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import helpers
 from helpers.cli.app import main
+from helpers.cli.finetune import finetune as command_options
 from helpers.errors import CheckpointError, FinetuneError, HelpersError
+from helpers.export.original_adapter import convert_adapter
 from helpers.finetune import (
     add_lora,
+    continue_lora,
     count_fused_lora_parameters,
     count_lora_parameters,
+    default_settings,
     encode_samples,
     finetune,
     load_samples,
@@ -44,6 +49,7 @@ from helpers.finetune.lora import check_moved
 from helpers.finetune.training import EpochGroupedSampler
 from helpers.model.adapters import add_adapter, base_fingerprint
 from helpers.model.modeling import CharacterGLMConfig
+from helpers.model.shapes import linear_shapes
 
 STEPS = {"logging_steps": 1, "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
 SHORT = {**STEPS, "max_steps": 4, "learning_rate": 5e-3}
@@ -86,7 +92,7 @@ def test_parameter_counts_of_the_6b():
     assert count_lora_parameters(config, "qv", 8) == 28 * 8 * ((4096 + q) + (4096 + kv))
     mlp = (4096 + 2 * 13696) + (13696 + 4096)
     all_linear = 28 * 8 * ((4096 + q) + 2 * (4096 + kv) + (q + 4096) + mlp)
-    assert count_lora_parameters(config, "all-linear", 8) == all_linear
+    assert count_lora_parameters(config, "all-linear", 8) == all_linear == 16_658_432
 
 
 def test_parameter_table_grows_with_the_rank():
@@ -99,7 +105,7 @@ def test_only_the_adapter_is_trained_and_it_moves(trained):
     for name, weight in trained.model.state_dict().items():
         assert torch.equal(weight, trained.before[name]) is ("lora_" not in name), name
     lora_b = [weight for name, weight in trained.model.named_parameters() if "lora_B" in name]
-    assert len(lora_b) == 4 * 3
+    assert len(lora_b) == 4 * 6
     assert all(weight.any() for weight in lora_b)
 
 
@@ -123,9 +129,24 @@ def test_the_count_is_that_of_peft(targets):
 
 
 def test_default_lora_config():
-    config = lora_config()
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 32, 0.1)
-    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj"}
+    config, default = lora_config(), default_settings()
+    assert (config.r, config.lora_alpha, config.lora_dropout) == tuple(default[n] for n in ("r", "alpha", "dropout"))
+    assert config.target_modules == default["targets"] == "all-linear"
+    assert set(lora_config("qkv").target_modules) == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_command_and_notebook_have_the_same_defaults():
+    default = default_settings() | {"learning_rate": None}
+    command = {name: option.default for name, option in inspect.signature(command_options).parameters.items()}
+    command["r"] = command.pop("rank")
+    assert [name for name in default if command[name] not in (None, default[name])] == []
+    (notebook,) = (REPOSITORY / "notebooks").glob("04_*.ipynb")
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    (parameters,) = (cell for cell in cells if cell["metadata"].get("tags") == ["parameters"])
+    exec("".join(parameters["source"]), given := {})
+    names = {"targets": "TARGETS", "r": "RANK", "batch_size": "BATCH_SIZE", "replay": "REPLAY"}
+    assert {name: given[parameter] for name, parameter in names.items()} == {name: default[name] for name in names}
+    assert (given["LEARNING_RATE"], given["MAX_LENGTH"]) == (0.0, command["max_length"])
 
 
 @pytest.mark.parametrize("wrong", [{"targets": "query_key_value"}, {"r": 0}, {"r": 1.5}, {"alpha": 0}, {"dropout": 1}])
@@ -135,7 +156,7 @@ def test_senseless_lora_is_refused(wrong):
 
 
 def test_lora_b_that_did_not_move_is_an_error(data, tmp_path):
-    with pytest.raises(FinetuneError, match=r"lora_B is still zero.*12 个"):
+    with pytest.raises(FinetuneError, match=r"lora_B is still zero.*24 个"):
         finetune(new_model(), *data, tmp_path, **{**SHORT, "learning_rate": 0.0})
     with pytest.raises(FinetuneError, match="lora_B is still zero"):
         check_moved(new_model())
@@ -188,7 +209,7 @@ def test_one_process_uses_one_gpu(tmp_path, monkeypatch, capsys):
     assert arguments.n_gpu <= 1
     monkeypatch.setattr(arguments, "_n_gpu", 2)
     use_one_gpu(arguments)
-    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
     assert "[one GPU is used]" in capsys.readouterr().out
 
 
@@ -352,8 +373,68 @@ def test_adapter_for_another_base_is_refused(trained, tmp_path):
 def test_adapter_of_the_original_code_is_explained(trained, tmp_path):
     foreign = shutil.copytree(trained.directory, tmp_path / "foreign")
     edit_json(foreign / "adapter_config.json", lambda config: config.update(target_modules=["query_key_value"]))
-    with pytest.raises(CheckpointError, match=r"adapter for the original code.*lora_B"):
+    with pytest.raises(CheckpointError, match=r"adapter for the original code.*helpers convert --adapter"):
         helpers.load("nano", adapter=foreign)
+
+
+def original_adapter(directory, config, targets=("self_attention.query_key_value",)) -> dict:
+    """An adapter as PEFT 0.4 wrote it for the original code; whole numbers, so that every product of them is exact."""
+    shapes = linear_shapes(config)
+    rows = sum(shapes[name][1] for name in ("q_proj", "k_proj", "v_proj"))
+    sizes = {"self_attention.query_key_value": (config.hidden_size, rows), "mlp.dense_4h_to_h": shapes["down_proj"]}
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for layer in range(config.num_hidden_layers):
+        for target in targets:
+            name = f"base_model.model.transformer.encoder.layers.{layer}.{target}"
+            for matrix, shape in (("lora_A", (4, sizes[target][0])), ("lora_B", (sizes[target][1], 4))):
+                tensors[f"{name}.{matrix}.weight"] = torch.randint(-3, 4, shape, generator=generator) / 64
+    directory.mkdir()
+    torch.save(tensors, directory / "adapter_model.bin")
+    names = [target.rpartition(".")[2] for target in targets]
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 32, "lora_dropout": 0.1}
+    (directory / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": names, "bias": "none"}))
+    return tensors
+
+
+def test_adapter_of_the_original_code_is_converted(tmp_path, monkeypatch):
+    """What it adds to the fused weight is what the new one adds to q, k and v."""
+    base = helpers.load("nano", dtype="float32")[0]
+    both = ("self_attention.query_key_value", "mlp.dense_4h_to_h")
+    tensors = original_adapter(tmp_path / "old", base.config, both)
+    monkeypatch.setattr(sys, "argv", ["helpers", "convert", "--model", "nano", "--adapter"])
+    sys.argv += [str(tmp_path / "old"), str(tmp_path / "new")]
+    with contextlib.suppress(SystemExit):
+        main()
+    tuned = helpers.load("nano", dtype="float32", adapter=tmp_path / "new")[0]
+    for number, layer in enumerate(tuned.get_base_model().model.layers):
+        fused, down = (f"base_model.model.transformer.encoder.layers.{number}.{target}" for target in both)
+        attention = layer.self_attn
+        parts = [getattr(attention, f"{part}_proj").get_delta_weight("default") for part in "qkv"]
+        for name, delta in [(fused, torch.cat(parts)), (down, layer.mlp.down_proj.get_delta_weight("default"))]:
+            assert torch.equal(delta, 8 * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert not torch.equal(tuned(ids).logits, helpers.load("nano", dtype="float32")[0](ids).logits)
+
+
+def test_what_cannot_be_converted_is_refused(trained, tmp_path):
+    config = CharacterGLMConfig.from_pretrained(NANO)
+    old = tmp_path / "old"
+    tensors = original_adapter(old, config)
+    new = tmp_path / "new"
+    for model, adapter, message in [
+        ("nano", trained.directory, "not for the original code"),
+        ("nano", tmp_path, "not an adapter directory"),
+        (copy_compact(tmp_path / "other"), old, "adapter does not fit"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            convert_adapter(model, adapter, new)
+    torch.save(tensors | {"base_model.model.x.modules_to_save.weight": torch.ones(1)}, old / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="not plain LoRA.*modules_to_save"):
+        convert_adapter("nano", old, new)
+    torch.save({"trap": print}, old / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="unsafe pickle refused"):
+        convert_adapter("nano", old, new)
+    assert not new.exists()
 
 
 def test_adapter_for_a_deeper_base_is_refused(trained, tmp_path):
@@ -448,15 +529,10 @@ HALF_WRITTEN = {
 def test_checkpoints_without_optimizer_are_kept(data, tmp_path, capsys):
     """`save_only_model` and a kill: training cannot go on from there, and what is there is not thrown away."""
 
-    class Interrupt(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
     arguments = {**SHORT, "save_only_model": True}
     with pytest.raises(KeyboardInterrupt):
-        finetune(new_model(), *data, tmp_path, callbacks=[Interrupt()], **arguments)
-    stored = (tmp_path / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+        finetune(new_model(), *data, tmp_path, callbacks=interrupt_at(3), **arguments)
+    (stored,) = (file.read_bytes() for file in tmp_path.glob("*checkpoint-2*/adapter_model.safetensors"))
     result = finetune(new_model(), *data, tmp_path, **arguments)
     assert result["resumed_from"] is None
     assert "optimizer.pt 缺失或不完整（save_only_model" in capsys.readouterr().out
@@ -532,14 +608,14 @@ def test_a_run_of_other_processes_is_not_resumed(data, trained, tmp_path):
 
 def test_directory_that_cannot_be_written_stops_before_training(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FinetuneError, match="output directory not writable"):
+    with pytest.raises(HelpersError, match="output directory not writable"):
         finetune(new_model(), *data, tmp_path / "file" / "run", **SHORT)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_directory_stops_before_training(data, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(FinetuneError, match="output directory not writable"):
+    with pytest.raises(HelpersError, match="output directory not writable"):
         finetune(new_model(), *data, tmp_path / "run", **SHORT)
 
 
@@ -562,6 +638,53 @@ def test_estimate_covers_what_a_run_writes(trained):
 
     written = sum(file.stat().st_size for file in trained.directory.rglob("*") if file.is_file())
     assert written < bytes_needed(trained.model.num_parameters(only_trainable=True), 2)
+
+
+def test_training_goes_on_from_an_adapter(data, trained, tmp_path):
+    """It begins where the other ended, on the bare base or on one that has an adapter, and knows its run again."""
+    start = continue_lora(new_model(targets="qv"), trained.directory)
+    assert perplexity(start, data[1]) == pytest.approx(math.exp(trained.result["eval_loss"]), rel=1e-4)
+    assert start.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj"}
+    result = finetune(start, *data, tmp_path / "on", **SHORT)
+    assert result["history"][0]["eval_loss"] == pytest.approx(trained.result["eval_loss"], abs=1e-4)
+    assert result["eval_loss"] < trained.result["eval_loss"]
+    base = helpers.load("nano", dtype="float32")[0]
+    assert perplexity(add_adapter(base, tmp_path / "on"), data[1]) == pytest.approx(
+        math.exp(result["eval_loss"]), rel=1e-4
+    )
+    unfinish(tmp_path / "on")
+    again = finetune(continue_lora(base, trained.directory), *data, tmp_path / "on", **SHORT)
+    assert again["resumed_from"] == 4
+    for other in (new_model(), continue_lora(new_model(), tmp_path / "on")):
+        with pytest.raises(FinetuneError, match="另一组设置.*output directory in use"):
+            finetune(other, *data, unfinish(tmp_path / "on"), **SHORT)
+
+
+def test_adapters_to_go_on_from_have_to_fit(trained, tmp_path):
+    foreign = shutil.copytree(trained.directory, tmp_path / "foreign")
+    other = AutoModelForCausalLM.from_pretrained(copy_compact(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match="adapter for another base"):
+        continue_lora(other, foreign)
+    edit_json(foreign / "adapter_config.json", lambda config: config.update(peft_type="IA3"))
+    with pytest.raises(FinetuneError, match="not LoRA.*IA3"):
+        continue_lora(new_model(), foreign)
+
+
+def interrupt_at(step):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return [Interrupt()]
+
+
+def test_ctrl_c_says_what_is_kept(data, tmp_path, capsys):
+    for step, kept in [(1, "还没有 checkpoint"), (3, "checkpoint-2 留着")]:
+        with pytest.raises(KeyboardInterrupt):
+            finetune(new_model(), *data, tmp_path, callbacks=interrupt_at(step), **SHORT)
+        assert "[interrupted]" in (said := capsys.readouterr().out) and kept in said
+    assert finetune(new_model(), *data, tmp_path, **SHORT)["resumed_from"] == 2
 
 
 # --- failures while training
@@ -668,6 +791,14 @@ def test_command_trains_and_merges(small_file, tmp_path, monkeypatch, capsys):
     assert float(after) < float(before)
     helpers.load("nano", adapter=tmp_path / "out")
     helpers.load(tmp_path / "merged")
+    # and goes on from there
+    options = [*OPTIONS, "--data", small_file, "--adapter", tmp_path / "out", "--output-dir", tmp_path / "on"]
+    assert run_main(monkeypatch, *options, "--rank", 8) == 2
+    assert "[adapter decides]" in capsys.readouterr().err
+    assert run_main(monkeypatch, *options) == 0
+    output = capsys.readouterr().out
+    assert f"held-out loss {math.log(float(after)):.1f}" in output
+    assert float(output.split(" -> ")[1].split("。")[0]) < float(after)
 
 
 def run_main(monkeypatch, *arguments) -> int:
@@ -693,6 +824,7 @@ REFUSED = {
     "rows too long": (["--max-length", "32"], "no usable rows"),
     "no card": (["--card", "无名氏"], "file not found"),
     "rank": (["--rank", "0"], "invalid LoRA parameter"),
+    "no adapter": (["--adapter", "finished"], "not an adapter directory"),
     "targets": (["--targets", "query_key_value"], "unknown targets"),
     "quantization": (["--quantization", "int3"], "unknown quantization"),
     "merge quantised": (["--quantization", "nf4", "--merge-to", "x"], "cannot merge into a quantised base"),
@@ -700,6 +832,8 @@ REFUSED = {
     "merge into the base": (["--merge-to", NANO], "target not empty"),
     "merge inside the base": (["--merge-to", NANO / "merged"], "target inside the model"),
     "merge below a file": (["--merge-to", f"{FEW}/merged"], "cannot write"),
+    "merge over the adapter": (["--merge-to", "x", "--output-dir", "x/lora"], "one folder for two"),
+    "merge, but no data": (["--merge-to", "x", "--data", "nowhere.json"], "cannot read file"),
     "adapter into the base": (["--output-dir", NANO], "output directory is a model"),
     "a finished run": (["--output-dir", "finished"], "output directory in use"),
 }
@@ -716,4 +850,5 @@ def test_command_refuses_before_the_model_is_loaded(tmp_path, monkeypatch, capsy
     arguments, message = REFUSED[name]
     assert run_main(monkeypatch, *arguments) == 1
     assert message in capsys.readouterr().err
-    assert sorted(NANO.iterdir()) == before and not (tmp_path / "x").exists()
+    assert sorted(NANO.iterdir()) == before
+    assert not (tmp_path / "x").exists()

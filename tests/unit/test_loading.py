@@ -880,6 +880,35 @@ def test_a_model_kept_on_the_cpu_of_a_gpu_machine(models, machine, device_map):
     assert "由你指定" in str(choice)
 
 
+@pytest.mark.parametrize("device_map", [0, 1, "cuda:1", {"": 0}, {"": torch.device("cuda", 1)}, "balanced"], ids=str)
+def test_a_gpu_by_its_number(models, machine, device_map):
+    """0 is a GPU, not nothing."""
+    machine("A800", "RTX 4090")
+    choice = helpers.choose("nano", device_map=device_map)
+    assert choice.device_map == device_map and choice.dtype == torch.bfloat16
+
+
+NOT_HERE = [
+    ("disk", "disk offload not supported"),
+    ({"": "disk"}, "disk offload not supported"),
+    ("gpu", "unknown device"),
+    ("meta", "unknown device"),
+    (1.5, "unknown device"),
+    (-1, "unknown device"),
+    ({"": "auto"}, "unknown device"),
+    ("cuda", "no such device"),
+    (0, "no such device"),
+    ({"model": "cpu", "lm_head": "cuda:3"}, "no such device"),
+]
+
+
+@pytest.mark.parametrize(("device_map", "problem"), NOT_HERE, ids=str)
+def test_a_device_that_is_not_here_is_refused(models, machine, device_map, problem):
+    machine()
+    with pytest.raises(HelpersError, match=rf"^[^\n]*\[{problem}\][^\n]*$"):
+        helpers.load("nano", device_map=device_map)
+
+
 @pytest.mark.parametrize("dtype", ["float16", torch.float16])
 def test_a_given_dtype_is_taken(models, machine, dtype):
     machine()

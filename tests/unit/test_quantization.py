@@ -14,7 +14,7 @@ import helpers
 from helpers.characters.dialogues import load_dialogues
 from helpers.cli.app import app
 from helpers.errors import HelpersError
-from helpers.finetune import add_lora, encode_samples, finetune, perplexity
+from helpers.finetune import add_lora, continue_lora, encode_samples, finetune, perplexity
 from helpers.inspect.estimate import weight_bytes
 from helpers.model.adapters import base_fingerprint
 
@@ -97,6 +97,11 @@ def test_lora_learns_on_a_quantised_base(quantized, rows, tmp_path):
     again, _ = helpers.load("nano", dtype="float32", device_map="cpu", quantization=quantized.kind, adapter=tmp_path)
     assert get_peft_model_state_dict(again).keys() == get_peft_model_state_dict(tuned).keys()
     assert torch.allclose(again(IDS).logits, tuned.eval()(IDS).logits, atol=1e-4)
+    so_far = perplexity(again, rows[0])
+    onward = continue_lora(again, tmp_path)
+    assert torch.allclose(onward(IDS).logits, tuned.eval()(IDS).logits, atol=1e-4)
+    finetune(onward, *rows, tmp_path / "onward", **SHORT, **STEPS)
+    assert perplexity(onward, rows[0]) < so_far
     full, _ = helpers.load("nano", dtype="float32", device_map="cpu", adapter=tmp_path)
     assert perplexity(full, rows[0]) < before
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from helpers.cli.app import app
 from helpers.cli.options import typed
+from helpers.errors import HelpersError
 from helpers.inspect.receipt import ReceiptError
 from helpers.paths import PROJECT_DIR
 from helpers.tools import runner
@@ -169,6 +170,15 @@ def test_notebooks_are_never_overwritten_by_a_run(folder: Path) -> None:
         run_notebooks([], output_dir=folder, notebooks_dir=folder)
 
 
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = CliRunner().invoke(app, ["run", "01", "--model", "nano", "--output-dir", str(tmp_path / place)])
+    assert isinstance(done.exception, HelpersError)  # main() prints it
+    assert "[output directory not writable]" in str(done.exception) and "\n" not in str(done.exception)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def run_like_papermill(notebook: NotebookNode) -> NotebookNode:
     """The notebook with everything that a run leaves behind."""
     notebook.metadata.papermill = {"input_path": "x"}
@@ -188,6 +198,7 @@ def test_strip_for_git_leaves_no_trace_of_the_run(good_notebook: NotebookNode) -
     code = executed.cells[-2]
     code.outputs[0].data[WIDGET_VIEW] = {"model_id": "1"}
     code.outputs.append(new_output("stream", text=f"wrote {PROJECT_DIR}/outputs/x.png in {PROJECT_DIR}\n"))
+    code.outputs.append(new_output("display_data", data={WIDGET_VIEW: {"model_id": "2"}, "text/plain": "0%|  | 0/31"}))
     code.outputs.append(new_output("display_data", data={"image/png": "aGk="}))
     cleaned = strip_for_git(executed)
 

@@ -86,7 +86,7 @@ BAD_BODIES = {
     "infinity": b'{"prompt": "x", "temperature": Infinity, ' + MESSAGE + b"}",
     "beyond any float": b'{"prompt": "x", "temperature": 1e999, ' + MESSAGE + b"}",
     "negative": b'{"prompt": "x", "temperature": -0.5, ' + MESSAGE + b"}",
-    "negative length": b'{"prompt": "x", "max_length": -1, "max_tokens": -1, ' + MESSAGE + b"}",
+    "negative length": b'{"prompt": "x", "max_length": -1, "max_tokens": -2, ' + MESSAGE + b"}",
     "NaN probability": b'{"prompt": "x", "top_p": NaN, ' + MESSAGE + b"}",
     "more than certain": b'{"prompt": "x", "top_p": 1.01, ' + MESSAGE + b"}",
     "ten thousand digits": b'{"prompt": "x", "max_length": '

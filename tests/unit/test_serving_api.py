@@ -328,21 +328,25 @@ def test_sillytavern_custom_source(server, stream):
 @pytest.mark.parametrize(
     "fields, phrase",
     [
-        ({"n": 2}, "n"),
+        ({"n": 5}, "[too many replies]"),
+        ({"n": 0}, "n"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "[no user message]"),
         ({"messages": [{"role": "user", "content": "  "}]}, "[no user message]"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 11}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
         ({"seed": 2**63}, "seed"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [5]}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"chat_template_kwargs": {"session_meta": {"bot_name": ""}}}, "bot_name"),
-        ({"messages": [{"role": "system", "content": "长" * 9000}, {"role": "user", "content": "x"}]}, "bot_info"),
+        (
+            {"messages": [{"role": "system", "content": "长" * 9000}, {"role": "user", "content": "x"}]},
+            "[prompt too long]",
+        ),
         ({"messages": [{"role": "user", "content": "长" * 9000}]}, "[prompt too long]"),
     ],
 )
@@ -454,7 +458,7 @@ def test_metrics_count_what_happened(client, server):
     reply = say(client, "你好", max_tokens=20)
     list(say(client, "你好", stream=True, max_tokens=20))
     with pytest.raises(openai.BadRequestError):
-        say(client, "你好", n=2)
+        say(client, "你好", n=5)
     with endless(server.engine.model, 0.01):
         stream = say(client, "你好", stream=True, max_tokens=200)
         next(iter(stream))

@@ -207,3 +207,32 @@ def test_the_server_ends_with_the_process_that_started_it(tmp_path):
         assert not gone(pid)
         parent.kill()
     wait_until(lambda: gone(pid), seconds=60)
+
+
+SCRIPT = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"status": "ready"}')
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+
+
+def test_a_cell_run_again_replaces_its_server(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(SCRIPT)
+    port = free_port(20000 + os.getpid() % 20000)
+    before = Server("nano", script=tmp_path / "own.py", port=port, log_file=tmp_path / "log").start()
+    after = Server("nano", script=tmp_path / "own.py", port=port, log_file=tmp_path / "log").start()
+    assert gone(before.process.pid) or before.process.returncode is not None
+    assert (before.url, after.health()) == (after.url, "ready")
+    after.stop()
+    assert "port in use" not in capsys.readouterr().out
+
+
+def test_a_script_ends_with_the_process_that_started_it(tmp_path):
+    (tmp_path / "own.py").write_text(SCRIPT)
+    server = Server("nano", script=tmp_path / "own.py", port=free_port(21000), log_file=tmp_path / "log").start()
+    server.process.stdin.close()  # as when the notebook's process is gone
+    assert server.process.wait(timeout=20)

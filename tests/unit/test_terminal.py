@@ -20,7 +20,7 @@ import helpers
 from helpers.characters.personas import MAX_FILE_BYTES
 from helpers.cli.app import app
 from helpers.demo import terminal as terminal_module
-from helpers.demo.conversations import Conversations
+from helpers.demo.conversations import Conversations, characters_with
 from helpers.demo.files import open_file
 from helpers.demo.terminal import TerminalChat, plain
 from helpers.errors import CharacterError, HelpersError
@@ -311,6 +311,26 @@ def test_failure_is_a_message_and_nothing_else(run_chat, options, text, problem)
     assert done.exit_code == 1
     assert done.stdout == ""
     assert isinstance(done.exception, HelpersError) and f"[{problem}]" in str(done.exception)
+
+
+def test_an_adapter_speaks_as_its_own_persona(nano, monkeypatch, tmp_path):
+    """As in the API and in exported models; another character can still be asked for."""
+    own = {**PERSONA, "bot_name": "阿青", "bot_info": "剑客，话很少"}
+    (tmp_path / "card.json").write_text(json.dumps(own), encoding="utf-8")
+    monkeypatch.setattr(terminal_module, "load", lambda *args, **options: nano)
+    for options, persona in [([], own), (["--character", "林黛玉"], helpers.get_character("林黛玉"))]:
+        options += ["--adapter", str(tmp_path), "--once", "你好", "--no-do-sample", "--max-new-tokens", "12"]
+        done = CliRunner().invoke(app, [*CHAT[2:], *options])
+        assert done.stdout.strip() == helpers.ChatSession(*nano, persona, **GREEDY).send("你好")
+
+
+@pytest.mark.parametrize(("name", "position"), [("阿青", 0), ("林黛玉", 0)])
+def test_the_persona_of_an_adapter_comes_first(tmp_path, name, position):
+    (tmp_path / "card.json").write_text(json.dumps({**PERSONA, "bot_name": name, "bot_info": "剑客"}), encoding="utf-8")
+    characters = characters_with(tmp_path)
+    assert list(characters)[position] == name and characters[name].bot_info == "剑客"
+    assert characters.keys() == helpers.load_characters().keys() | {name}
+    assert characters_with(tmp_path / "no card") == characters_with(None) == helpers.load_characters()
 
 
 @pytest.mark.slow

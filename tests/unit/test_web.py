@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 
 import helpers
 from helpers.cli.app import app
-from helpers.demo import web_chat
+from helpers.demo import web, web_chat
 from helpers.demo.conversations import Conversations
 from helpers.demo.web import WebDemo, launch, mount
 from helpers.demo.web_chat import Visitors
@@ -545,6 +546,17 @@ def test_command_line(tmp_path):
         finally:
             process.kill()
         assert "Traceback" not in (tmp_path / "log").read_text("utf-8")
+
+
+def test_demo_shows_the_persona_of_its_adapter_first(tmp_path, monkeypatch):
+    (tmp_path / "card.json").write_text('{"bot_name": "阿青", "bot_info": "剑客"}', encoding="utf-8")
+    shown = []
+    monkeypatch.setattr(web, "load", lambda *args, **options: (None, None))
+    monkeypatch.setattr(web, "mount", lambda *args, **options: shown.extend(options["characters"]))
+    monkeypatch.setattr(web, "_server", lambda app: SimpleNamespace(run=lambda sockets: None))
+    port = str(free_port(20000 + os.getpid() % 20000))
+    assert CliRunner().invoke(app, ["demo", "--adapter", str(tmp_path), "--port", port]).exit_code == 0
+    assert shown == ["阿青", *helpers.load_characters()]
 
 
 @pytest.mark.slow
