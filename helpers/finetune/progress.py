@@ -21,13 +21,13 @@ class LogLines(TrainerCallback):
 
 
 class LiveCurve(TrainerCallback):
-    """Draws training and held-out loss in a notebook cell and updates the picture, at most once a second."""
+    """Draws training and held-out loss in a notebook cell and updates the picture, at most every three seconds."""
 
     def __init__(self):
         self.shown, self.drawn_at = None, 0.0
 
     def on_log(self, args, state, control, at_once=False, **kwargs):
-        if not state.is_world_process_zero or (not at_once and time.monotonic() - self.drawn_at < 1):
+        if not state.is_world_process_zero or (not at_once and time.monotonic() - self.drawn_at < 3):
             return
         import matplotlib.pyplot as plt
         from IPython.display import display

@@ -96,7 +96,7 @@ def test_fine_tuning_takes_the_data_of_other_people(tmp_path: Path) -> None:
     dialogues = [dialogue for dialogue in load_dialogues() if dialogue.card.bot_name in ("孙悟空", "林黛玉")]
     dialogues = dialogues[:: len(dialogues) // 80][:80]
     rows = [{"id": one.id, "session_meta": one.card.model_dump(), "history": one.history} for one in dialogues]
-    rows += [row | {"id": f"{row['id']}-long", "history": [["说" * 2000, "好。"]]} for row in rows]
+    rows += [row | {"id": f"{row['id']}-long", "history": [["说" * 2000, row["history"][0][1]]]} for row in rows]
     rows += [rows[0] | {"id": "many turns", "history": [["还有呢？", f"第{n}件事，听我慢慢说。"] for n in range(60)]}]
     data = tmp_path / "theirs.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
