@@ -246,7 +246,7 @@ REQUESTS = {
     "null": {"messages": [user("你好")], "chat_template_kwargs": {"session_meta": None}},
     "system message": {"messages": [SYSTEM, user("你好")]},
     "two system messages": {
-        "messages": [SYSTEM, {"role": "developer", "content": " 他</s>爱酒 "}, user("你好"), bot("好"), user("?")]
+        "messages": [SYSTEM, {"role": "developer", "content": "他</s>爱酒"}, user("你好"), bot("好"), user("?")]
     },
     "empty system message": {"messages": [{"role": "system", "content": " "}, user("你好")]},
     "persona": {"messages": [user("你好")], "chat_template_kwargs": {"session_meta": persona()}},
