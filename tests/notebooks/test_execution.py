@@ -19,6 +19,10 @@ from helpers.network import port_is_free
 from helpers.tools import runner
 from helpers.tools.runner import NOTEBOOKS_DIR, find_notebooks
 
+SMALL = {
+    "02": {"MAX_USERS": 4},
+    "04": {"EPOCHS": 0.3, "COMPARE": 4},
+}  # parameters that shorten a run of every cell twice
 NUMBERS = sorted(path.name[:2] for path in NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
 
 
@@ -83,7 +87,9 @@ def test_every_cell_runs_twice_and_every_solution_is_right(number: str, tmp_path
     folder = tmp_path / "notebooks"
     folder.mkdir()
     nbformat.write(notebook, folder / path.name)
-    (result,) = runner.run_notebooks([number], model="nano", output_dir=tmp_path / "out", notebooks_dir=folder)
+    (result,) = runner.run_notebooks(
+        [number], model="nano", parameters=SMALL.get(number), output_dir=tmp_path / "out", notebooks_dir=folder
+    )
     assert result.status == "ok", result.failure
     executed = nbformat.read(tmp_path / "out" / result.executed, as_version=4).cells[-len(solved) :]
     said = ["".join(output.get("text", "") for output in cell.outputs) for cell in executed]
