@@ -88,8 +88,8 @@ def test_conversations_that_take_turns_do_not_mix(plain, compiled, card):
 
 
 def test_a_reply_after_an_error_or_a_stop_is_right(plain, compiled, card, monkeypatch):
-    wanted, _ = helpers.chat(*plain, card, "你好", **GREEDY)
     session = helpers.ChatSession(*compiled, card, **GREEDY)
+    wanted, _ = helpers.chat(*plain, card, "你好", session.history, **GREEDY)  # the greeting is part of it
     layer = compiled[0].model.layers[2].mlp
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="between two layers"):
         patch.setattr(layer, "forward", lambda x: (_ for _ in ()).throw(RuntimeError("between two layers")))
