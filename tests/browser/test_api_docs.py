@@ -20,7 +20,7 @@ def server(tmp_path_factory):
 
 def test_docs_without_the_internet(server, page):
     page.goto(f"{server.url}/docs")
-    expect(page.locator(".opblock")).to_have_count(5)
+    expect(page.locator(".opblock")).to_have_count(6)
     page.locator("button.authorize").click()
     page.locator(".auth-container input").fill("sk-docs")
     page.locator(".auth-container button[type=submit]").click()

@@ -344,8 +344,8 @@ def test_notebook_03_runs_and_its_panel_shows_the_scripted_conversation(tmp_path
             log.scroll_into_view_if_needed()
             page.wait_for_timeout(500)
         keep_screenshot(page, "notebook03")
-        expect(log.locator(".cg-message")).to_have_count(7)
-        assert messages(page)[1::2] == ["你好呀", "最近在忙些什么", "给我讲个故事吧"]
+        expect(log.locator(".cg-message")).to_have_count(3)  # of the card that the notebook opened last
+        assert messages(page)[1] == "你平时喜欢做什么？"
         outputs = saved_outputs(page, address, "03_chat_demo.ipynb", last="receipt_03.json")
     assert "全部通过" in outputs and "receipt_03.json" in outputs
     assert not page.outside_requests and not page.console_errors

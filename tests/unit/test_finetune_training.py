@@ -316,21 +316,27 @@ def test_rows_of_similar_length_come_together_in_a_repeatable_order():
 
 @pytest.mark.slow
 def test_adapter_reloads_in_a_fresh_process_with_the_same_greedy_tokens(trained):
+    queries = ["你会累吗？", "你会射箭吗？", "我们比比力气吧。", "天快黑了。"]
     script = (
         "import sys, helpers; model, tokenizer = helpers.load('nano', dtype='float32', adapter=sys.argv[1]);"
         "from helpers.finetune import read_card; from helpers.finetune.command import DEFAULT_CARD;"
-        "print(helpers.chat(model, tokenizer, read_card(DEFAULT_CARD), '你会累吗？', do_sample=False, max_new_tokens=16)[0])"
+        "card = read_card(DEFAULT_CARD);"
+        "print(*(helpers.chat(model, tokenizer, card, query, do_sample=False, max_new_tokens=16)[0] for query in sys.argv[2:]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "utf-8"}
     run = subprocess.run(
-        [sys.executable, "-c", script, trained.directory], capture_output=True, text=True, encoding="utf-8",
+        [sys.executable, "-c", script, trained.directory, *queries], capture_output=True, text=True, encoding="utf-8",
         env=environment, check=True,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(NANO)
     card = read_card(DEFAULT_CARD)
-    here, _ = helpers.chat(trained.model, tokenizer, card, "你会累吗？", **GREEDY)
+
+    def replies() -> str:
+        return " ".join(helpers.chat(trained.model, tokenizer, card, query, **GREEDY)[0] for query in queries)
+
+    here = replies()
     with trained.model.disable_adapter():
-        base, _ = helpers.chat(trained.model, tokenizer, card, "你会累吗？", **GREEDY)
+        base = replies()
     assert run.stdout.strip() == here != base
 
 

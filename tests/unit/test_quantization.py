@@ -101,7 +101,7 @@ def test_lora_learns_on_a_quantised_base(quantized, rows, tmp_path):
     assert torch.allclose(again(IDS).logits, tuned.eval()(IDS).logits, atol=1e-4)
     so_far = perplexity(again, rows[0])
     onward = continue_lora(again, tmp_path)
-    assert torch.allclose(onward(IDS).logits, tuned.eval()(IDS).logits, atol=1e-4)
+    assert torch.allclose(onward.eval()(IDS).logits, tuned.eval()(IDS).logits, atol=1e-4)
     finetune(onward, *rows, tmp_path / "onward", **SHORT, **STEPS)
     assert perplexity(onward, rows[0]) < so_far
     full, _ = helpers.load("nano", dtype="float32", device_map="cpu", adapter=tmp_path)
