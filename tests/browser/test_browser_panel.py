@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -334,6 +335,7 @@ def contrast(page, selector: str) -> float:
 def test_notebook_03_runs_in_jupyterlab(tmp_path, page):
     """Its last cells close the panel, so what the panel said is read from the text beside it."""
     copy_notebooks(tmp_path / "notebooks")
+    shutil.copytree(Path(__file__).parents[2] / "docs", tmp_path / "docs")  # its pictures
     with running_lab(tmp_path) as address:
         open_notebook(page, address, "03_chat_demo.ipynb")
         use_nano(page)
