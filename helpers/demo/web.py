@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import AbstractContextManager, suppress
 
+import fastapi.dependencies.models
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
@@ -53,10 +54,13 @@ class WebDemo(AbstractContextManager):
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """End it, and free the port."""
+        """End it, free the port, and let go of the model."""
         self._server.should_exit = True
         self._thread.join()
         atexit.unregister(self.stop)
+        for cache in vars(fastapi.dependencies.models).values():  # they remember the handlers of apps that have ended
+            if hasattr(cache, "cache_clear"):
+                cache.cache_clear()
 
     def __exit__(self, *exception) -> None:
         self.stop()

@@ -2,6 +2,7 @@
 keeps a session as a tab does."""
 
 import base64
+import gc
 import html
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -483,6 +485,17 @@ def test_stop_frees_the_port_and_the_model_goes_on(nano):
     demo.stop()
     listen("127.0.0.1", demo.port).close()
     assert helpers.chat(*nano, helpers.get_character("李白"), "你好", **GREEDY)[0]
+
+
+def test_a_stopped_page_lets_go_of_its_model():
+    model, tokenizer = helpers.load("nano", dtype="float32", device_map="cpu")
+    alive = weakref.ref(model)
+    demo = launch(model, tokenizer, port=0, **GREEDY)
+    Tab(demo.url)("send", "你好")
+    demo.stop()
+    del demo, model
+    gc.collect()
+    assert alive() is None
 
 
 def test_mounted_on_another_app(nano):
