@@ -1,6 +1,5 @@
 """Talking to a character, in a terminal or on a web page."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,12 +29,8 @@ def chat(
 ) -> None:
     """在终端里聊天；输入来自管道时一行一句 [chat; in a pipe, one message a line]"""
     given = dict(locals())
-    from ..characters.cards import open_content
-    from ..characters.personas import read_bytes
     from ..demo.terminal import start
 
-    if load is not None:
-        open_content(read_bytes(Path(load)))  # a bad file is refused before the model is loaded
     generation = {name: given[name] for name in GENERATION if given[name] is not None}
     loading = {"adapter": adapter, "quantization": quantization, "compile": compile}
     start(model, character, file=load, once=once, loading=loading, **generation)

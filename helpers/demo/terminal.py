@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from ..characters.cards import open_content
 from ..characters.personas import MAX_FILE_BYTES, get_character
 from ..chat.fitting import ContextWarning
 from ..chat.generation import GenerationParameters
@@ -62,6 +63,8 @@ def start(model, character: str | None, *, loading: dict, file=None, once=None, 
     if character is not None:
         get_character(character, characters)
     content = None if file is None else _read(file)
+    if content is not None:
+        open_content(content)  # a bad file, too, is refused before the model is loaded
     conversations = Conversations(*load(model, **loading), characters, character, **generation)
     if content is not None:
         conversations.open(content)

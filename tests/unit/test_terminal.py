@@ -302,7 +302,7 @@ def test_once_with_a_seed_repeats_itself(run_chat):
     [
         (["--once", " "], "", "empty text"),
         (["--character", "张三"], "你好", "unknown character"),
-        (["--temperature", "0"], "你好", "invalid generation parameter"),
+        (["--load", "missing.json", "--temperature", "0"], "你好", "invalid generation parameter"),
         ([], b"\xc4\xe3\n", "invalid Unicode"),
     ],
 )
@@ -311,6 +311,13 @@ def test_failure_is_a_message_and_nothing_else(run_chat, options, text, problem)
     assert done.exit_code == 1
     assert done.stdout == ""
     assert isinstance(done.exception, HelpersError) and f"[{problem}]" in str(done.exception)
+
+
+def test_a_bad_file_is_refused_before_the_model_is_loaded(run_chat, monkeypatch, tmp_path):
+    monkeypatch.setattr(terminal_module, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    (tmp_path / "bad.json").write_text("{")
+    done = run_chat("--load", str(tmp_path / "bad.json"), text="你好")
+    assert isinstance(done.exception, HelpersError) and "[invalid JSON]" in str(done.exception)
 
 
 def test_an_adapter_speaks_as_its_own_persona(nano, monkeypatch, tmp_path):
