@@ -16,8 +16,18 @@ from pydantic import BaseModel, BeforeValidator
 from ..errors import CharacterError
 from .card_files import card_json, chat_log, is_json, open_image
 from .macros import example_turns, fill_macros
-from .personas import CharacterCard, Name, Text, check_fields, load_characters, parse_json_object, read_bytes
+from .personas import (
+    SYSTEM_CHARACTER,
+    CharacterCard,
+    Name,
+    Text,
+    check_fields,
+    load_characters,
+    parse_json_object,
+    read_bytes,
+)
 
+CHAT_FORMAT = "characterglm-chat/1"  # of the conversations that `ChatSession.export` writes
 CARD_EXTENSION = "characterglm"  # where a card keeps what the format has no field for
 SPECS = {"chara_card_v2": "2.0", "chara_card_v3": "3.0"}
 # What the format requires and CharacterGLM's prompt has no place for.
@@ -122,9 +132,9 @@ def open_content(content: bytes) -> CharacterCard | dict:
 def _conversation(log: dict) -> dict:
     """A chat log in the form that `ChatSession.export` gives."""
     bot_name, user_name = log["names"]
-    persona = load_characters().get(bot_name) or CharacterCard(bot_name=bot_name or "角色")
+    persona = load_characters().get(bot_name) or CharacterCard(bot_name=bot_name or SYSTEM_CHARACTER)
     meta = persona.model_dump() | ({"user_name": user_name} if user_name else {})
-    return {"format": "characterglm-chat/1", "session_meta": meta, "history": log["history"], "generation": {}}
+    return {"format": CHAT_FORMAT, "session_meta": meta, "history": log["history"], "generation": {}}
 
 
 def _none_is(empty: Any) -> BeforeValidator:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..characters.cards import CHAT_FORMAT
 from ..characters.personas import as_session_meta
 from ..errors import BusyError, ChatError
 from ..model.kv_cache import new_cache
@@ -11,8 +12,6 @@ from .chat import last, make_reply, read
 from .fitting import check_history, check_text, context_limit, encode_turns, history_to_messages, with_examples
 from .generation import GenerationParameters, decode_reply, parameters_for
 from .reply import Reply
-
-EXPORT_FORMAT = "characterglm-chat/1"
 
 
 class ChatSession:
@@ -165,7 +164,7 @@ class ChatSession:
     def export(self) -> dict:
         """The conversation as a JSON-serialisable dict, to be opened again with `ChatSession.restore`."""
         return {
-            "format": EXPORT_FORMAT,
+            "format": CHAT_FORMAT,
             "session_meta": self.session_meta.model_dump(),
             "generation": dict(self.generation),
             "history": [list(entry) for entry in self.history],
@@ -182,8 +181,8 @@ class ChatSession:
     @classmethod
     def restore(cls, model, tokenizer, exported: dict) -> "ChatSession":
         """A session from what `export` returned; `ChatError` or `CharacterError` if it is something else or damaged."""
-        if not isinstance(exported, dict) or exported.get("format") != EXPORT_FORMAT:
-            raise ChatError(f"这不是导出的对话 [not an exported chat]：需要 format={EXPORT_FORMAT!r}")
+        if not isinstance(exported, dict) or exported.get("format") != CHAT_FORMAT:
+            raise ChatError(f"这不是导出的对话 [not an exported chat]：需要 format={CHAT_FORMAT!r}")
         history, generation = exported.get("history"), exported.get("generation", {})
         if not isinstance(history, list) or not isinstance(generation, dict):
             raise ChatError("导出的对话已损坏 [damaged export]：history 应为列表，generation 应为对象")

@@ -19,7 +19,6 @@ from .lora import (
     count_lora_parameters,
     lora_config,
     merge_adapter,
-    parameter_table,
     remove_lora,
 )
 from .progress import plot_losses

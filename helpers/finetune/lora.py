@@ -54,10 +54,16 @@ def add_lora(model, *args, **kwargs):
     An adapter that is there already is taken off; a model quantised with bitsandbytes is prepared for training.
     The other arguments are those of `lora_config`.
     """
-    config, base = lora_config(*args, **kwargs), remove_lora(model)
+    config = lora_config(*args, **kwargs)
+    return get_peft_model(bare_base(model), config)
+
+
+def bare_base(model):
+    """The base of `model`, without adapters, and if it is quantised, prepared for training."""
+    base = remove_lora(model)
     if getattr(base, "is_quantized", False):
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # the trainer decides that
-    return get_peft_model(base, config)
+    return base
 
 
 def remove_lora(model):
@@ -85,16 +91,6 @@ def count_fused_lora_parameters(config, r: int = 8) -> int:
     """The same for the original code's fused query_key_value: q, k and v then share one A, and B has all their rows."""
     rows = sum(linear_shapes(config)[name][1] for name in QKV)
     return config.num_hidden_layers * r * (config.hidden_size + rows)
-
-
-def parameter_table(config, ranks=(1, 4, 8, 16, 32, 64)) -> list[dict]:
-    """A row a rank: trainable parameters for every choice of targets, and for the original's fused layer."""
-    return [
-        {"r": r}
-        | {targets: count_lora_parameters(config, targets, r) for targets in LORA_TARGETS}
-        | {"fused query_key_value": count_fused_lora_parameters(config, r)}
-        for r in ranks
-    ]
 
 
 def check_moved(model) -> None:

@@ -19,7 +19,7 @@ from .checkpoints import bytes_needed, close_run, last_complete_checkpoint, open
 from .compat import OrderedTrainer, takes_any_mask, use_one_gpu
 from .encoding import EMPTY_ROW, collate, pad
 from .evaluation import summed_loss
-from .lora import add_lora, check_moved
+from .lora import bare_base, check_moved
 from .progress import LiveCurve, LogLines
 
 NO_EFFECT_ON_RESULT = {"disable_tqdm", "eval_on_start"}
@@ -97,7 +97,7 @@ def continue_lora(model, adapter):
         CheckpointError: it is not whole, or not for this base; FinetuneError: not LoRA.
     """
     file = check_adapter(adapter)
-    tuned = add_adapter(add_lora(model).unload(), adapter, trainable=True)
+    tuned = add_adapter(bare_base(model), adapter, trainable=True)
     tuned.continued_from = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return tuned
 

@@ -15,7 +15,7 @@ SCENE = re.compile(
     r" and (?P<user>[^\n]{1,64}?)\.(?=\s|$)"
 )
 SCENE_REACH = 1000  # it stands at the very beginning
-EXAMPLE_MARK, CHAT_MARK = "[Example Chat]", "[Start a new Chat]"
+EXAMPLE_MARK = "[Example Chat]"
 MARKS = re.compile(r"\[(?:Example Chat|Start a new (?:group )?chat[^\]]{0,300})\]", re.IGNORECASE)
 ONLY_AS = re.compile(r"\[Write the next reply only as (?P<bot>[^\]]{1,64})\.\]")
 CONTINUE = re.compile(r"\[Continue (?:your last message|the following message)[^\]]*\]")

@@ -1,6 +1,5 @@
 """From conversations to rows of tokens of one length, and batches of them."""
 
-import random
 from dataclasses import dataclass, field
 
 import torch
@@ -51,8 +50,3 @@ def to_batch(rows: list[Row], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids[number, : len(row.ids)] = torch.tensor(row.ids)
         positions += [number * length + position for position in row.learnt]
     return ids, torch.tensor(positions)
-
-
-def shuffled(items: list, rng: random.Random) -> list:
-    """A shuffled copy."""
-    return rng.sample(items, len(items))
