@@ -7,6 +7,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 from papermill.translators import papermill_translators
@@ -28,6 +29,24 @@ OUTSIDE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:|//|#)", re.IGNORECASE)
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     """The code cells, in order."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def the_cell(notebook: NotebookNode, code: str) -> NotebookNode:
+    """The one code cell with `code` in it."""
+    (cell,) = (cell for cell in code_cells(notebook) if code in cell.source)
+    return cell
+
+
+def said(notebook: NotebookNode, code: str) -> str:
+    """Everything printed or shown by the one cell with `code` in it, as text."""
+    outputs = the_cell(notebook, code).outputs
+    return "".join(output.get("text") or output["data"].get("text/plain", "") for output in outputs)
+
+
+def read_notebook(number: str) -> NotebookNode:
+    """The notebook in git with this number."""
+    (path,) = (REPOSITORY / "notebooks").glob(f"{number}_*.ipynb")
+    return nbformat.read(path, as_version=4)
 
 
 def markdown(notebook: NotebookNode) -> str:

@@ -2,31 +2,23 @@
 
 import re
 
-import nbformat
 import pandas
 import pytest
 import rules
+from nbformat import NotebookNode
+from rules import said
 
 import helpers
 
-NOTEBOOK = next((rules.REPOSITORY / "notebooks").glob("01_*.ipynb"))
-
 
 @pytest.fixture(scope="module")
-def notebook() -> nbformat.NotebookNode:
-    return nbformat.read(NOTEBOOK, as_version=4)
+def notebook() -> NotebookNode:
+    return rules.read_notebook("01")
 
 
-def said(notebook: nbformat.NotebookNode, code: str) -> str:
-    """Everything printed or shown by the one cell with `code` in it."""
-    (cell,) = (cell for cell in rules.code_cells(notebook) if code in cell.source)
-    return "".join(output.get("text") or output["data"].get("text/plain", "") for output in cell.outputs)
-
-
-def table(notebook: nbformat.NotebookNode, code: str) -> pandas.DataFrame:
+def table(notebook: NotebookNode, code: str) -> pandas.DataFrame:
     """The table shown by the one cell with `code` in it; texts as they stand there."""
-    (cell,) = (cell for cell in rules.code_cells(notebook) if code in cell.source)
-    rows = re.findall(r"<tr.*?</tr>", cell.outputs[-1].data["text/html"], re.DOTALL)
+    rows = re.findall(r"<tr.*?</tr>", rules.the_cell(notebook, code).outputs[-1].data["text/html"], re.DOTALL)
     cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
     return pandas.DataFrame([row[1:] for row in cells[1:]], index=[row[0] for row in cells[1:]], columns=cells[0][1:])
 

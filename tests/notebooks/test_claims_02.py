@@ -3,22 +3,15 @@
 import ast
 import re
 
-import nbformat
 import pytest
 import rules
-
-NOTEBOOK = next((rules.REPOSITORY / "notebooks").glob("02_*.ipynb"))
+from nbformat import NotebookNode
+from rules import said
 
 
 @pytest.fixture(scope="module")
-def notebook() -> nbformat.NotebookNode:
-    return nbformat.read(NOTEBOOK, as_version=4)
-
-
-def said(notebook: nbformat.NotebookNode, code: str) -> str:
-    """Everything printed by the one cell with `code` in it."""
-    (cell,) = (cell for cell in rules.code_cells(notebook) if code in cell.source)
-    return "".join(output.get("text", "") for output in cell.outputs)
+def notebook() -> NotebookNode:
+    return rules.read_notebook("02")
 
 
 def figures(text: str) -> dict[str, dict[str, float]]:
