@@ -1,5 +1,6 @@
 """Training data: every row format, every kind of bad row, and that the prompt of training is the prompt of inference."""
 
+import copy
 import gzip
 import json
 import random
@@ -548,6 +549,12 @@ def loss_and_gradient(model, batches, counts):
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.fixture(scope="module")
+def exact(tuned):
+    """In float64: of lines that Nano never saw it is so unsure that float32 rounds its gradients in the fourth place."""
+    return copy.deepcopy(tuned).double()
+
+
 BATCHES = {
     "one character": lambda shipped: shipped[:5],
     "one row": lambda shipped: shipped[:1],
@@ -558,15 +565,14 @@ BATCHES = {
 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("batch", [pad, pack, share_prefix])
-def test_a_batch_gives_loss_and_gradient_of_its_rows(nano_tokenizer, tuned, shipped, name, batch):
+def test_a_batch_gives_loss_and_gradient_of_its_rows(nano_tokenizer, exact, shipped, name, batch):
     rows = encode_samples(nano_tokenizer, BATCHES[name](shipped))
     plain = [{key: torch.tensor([row[key]]) for key in ("input_ids", "labels")} for row in rows]
     counts = [len(learned_positions(row)) for row in rows]
-    loss, gradient = loss_and_gradient(tuned, plain, counts)
-    batched_loss, batched_gradient = loss_and_gradient(tuned, [batch(rows)], [sum(counts)])
+    loss, gradient = loss_and_gradient(exact, plain, counts)
+    batched_loss, batched_gradient = loss_and_gradient(exact, [batch(rows)], [sum(counts)])
     assert batched_loss == pytest.approx(loss, abs=1e-5)
-    # Nano is sure of its lines: lines it never saw give gradients of the order of 1.
-    assert torch.allclose(batched_gradient, gradient, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(batched_gradient, gradient, atol=1e-5)
 
 
 def test_a_shared_prefix_is_there_once(nano_tokenizer, shipped):
