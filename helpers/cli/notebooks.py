@@ -8,7 +8,7 @@ import typer
 from .options import PAIR, ModelName, Pairs, typed
 
 Numbers = Annotated[list[str] | None, typer.Argument(metavar="[01 02 ...]", help="notebook 编号，默认全部 [all]")]
-OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、回执和 run.json 的目录 [where outputs go]")]
+OutputDir = Annotated[str, typer.Option(help="已执行的 notebook、收据和 run.json 的目录 [where outputs go]")]
 Receipt = Annotated[str, typer.Argument(help="receipt_NN.json")]
 
 
@@ -42,7 +42,7 @@ def _finish(results: list, output_dir: str) -> None:
 
 
 def receipt(first: Receipt, second: Receipt) -> None:
-    """比较两份回执，说出哪里不同 [compare two receipts]；相同时退出码为 0，不同为 1，读不了为 2。秒数和内存只显示，不算不同"""
+    """比较两份收据，说出哪里不同 [compare two receipts]；相同时退出码为 0，不同为 1，读不了为 2。秒数和内存只显示，不算不同"""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

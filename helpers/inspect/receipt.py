@@ -167,7 +167,7 @@ def read_receipt(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ReceiptError(f"读不了 {path} [cannot read]：{error.strerror}") from None
     except (ValueError, TypeError, KeyError):
-        raise ReceiptError(f"{path} 不是回执 [not a receipt]：请给 write_receipt 写的 receipt_NN.json") from None
+        raise ReceiptError(f"{path} 不是收据 [not a receipt]：请给 write_receipt 写的 receipt_NN.json") from None
 
 
 def _values(receipt: dict[str, Any]) -> dict[tuple[str, str], Any]:

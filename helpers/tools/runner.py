@@ -222,7 +222,7 @@ def _fingerprint(file: Path) -> tuple[int, int] | None:
 
 def print_summary(results: list[Result], output_dir: str | Path) -> None:
     """A table of the notebooks, then, if one failed, its cell, source and traceback on standard error."""
-    columns = ("notebook", "秒 seconds", "状态 status", "回执 receipt")
+    columns = ("notebook", "秒 seconds", "状态 status", "收据 receipt")
     table = Table(*columns, title=f"输出 outputs: {output_dir}")
     for result in results:
         seconds = f"{result.seconds:.1f}" if result.status != "not run" else "-"
