@@ -39,8 +39,8 @@ def test_the_two_prompts_differ_in_the_name_and_so_does_what_the_model_expects(n
     with_name, _, without = said(notebook, "def prompt_text(").partition("【抽掉“小林”的历史】")
     assert "[客人]我叫小林" in with_name and "小林" not in without
     assert all(text.rstrip().endswith("[客人]我叫什么名字？\n[苏梦远]") for text in (with_name, without))
-    answers = said(notebook, "def chance(")
-    chances = [float(chance) for chance in re.findall(r"的概率：([\d.]+)%", answers)]
+    answers = said(notebook, "def chances(")
+    chances = [float(chance) for chance in re.findall(r"的概率：.* = ([\d.]+)%", answers)]
     assert len(chances) == 2 and chances[0] != chances[1]
     verdicts = re.findall(r"\] (.*)\n  回复里有“小林”：(True|False)", answers)
     assert [str("小林" in reply) for reply, _ in verdicts] == [verdict for _, verdict in verdicts] and len(
