@@ -8,7 +8,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from reference import EXAMPLES, NARRATED, bot, copy_compact, edit_json, edit_weights, persona, shared, train_tokenizer, user
+from reference import (
+    EXAMPLES,
+    NARRATED,
+    bot,
+    copy_compact,
+    edit_json,
+    edit_weights,
+    persona,
+    shared,
+    train_tokenizer,
+    user,
+)
 from typer.testing import CliRunner
 
 import helpers
