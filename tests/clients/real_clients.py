@@ -35,15 +35,14 @@ class NotAvailableError(Exception):
     """A client cannot be had on this machine; the message says why."""
 
 
-def call(command: list, **options) -> str:
-    """What a command prints. Raises NotAvailableError."""
+def install(command: list) -> None:
+    """Run a command that gets a client. Raises NotAvailableError."""
     if shutil.which(str(command[0])) is None:
         raise NotAvailableError(f"没有 {command[0]} [not installed]")
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode != 0:
         lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-        raise NotAvailableError(f"{Path(command[0]).name} {command[1]}：{lines[-1][:200]}")
-    return done.stdout
+        raise NotAvailableError(f"{Path(command[0]).name}：{lines[-1][:200]}")
 
 
 # --- getting them ----------------------------------------------------------------------------------------------------
@@ -53,8 +52,8 @@ def python_with(package: str, folder: Path) -> Path:
     """A Python that has the package."""
     python = folder / "python" / "bin" / "python"
     if not python.exists():
-        call([sys.executable, "-m", "venv", folder / "python"])
-    call([python, "-m", "pip", "install", "-q", package.removesuffix("-python")])
+        install([sys.executable, "-m", "venv", folder / "python"])
+    install([python, "-m", "pip", "install", "-q", package.removesuffix("-python")])
     return python
 
 
@@ -62,7 +61,7 @@ def node_modules(folder: Path, packages: list[str]) -> Path:
     """`node_modules` with the packages."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "node_modules").exists():
-        call(["npm", "install", "--no-audit", "--no-fund", "--prefix", folder, *packages])
+        install(["npm", "install", "--no-audit", "--no-fund", "--prefix", folder, *packages])
     return folder / "node_modules"
 
 
@@ -89,7 +88,10 @@ def run_driver(name: str, folder: Path, url: str, cases: list[Case]) -> tuple[st
         node_modules(folder / "node", NODE[name])
         driver = shutil.copy(HERE / "drivers" / DRIVERS[name], folder / "node")  # where it finds its packages
         command = ["node", driver, url, file]
-    version, answers = json.loads(call(command).splitlines()[-1])
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip()[-500:])
+    version, answers = json.loads(done.stdout.splitlines()[-1])
     return version, {case: Answer(**answer) for case, answer in answers.items()}
 
 
@@ -137,8 +139,10 @@ def expected(server: LiveServer, prompts: list[str], case: Case) -> Answer:
 
 def judge(case: Case, wanted: Answer, got: Answer | None, prompts: list[str]) -> str:
     """`SAME`, or what is different."""
-    if got is None or got.unsupported:
-        return f"{NO} {got.unsupported if got else 'no answer'}"
+    if got is None:
+        return "no answer"
+    if got.unsupported:
+        return f"{NO} {got.unsupported}"
     if case.error:
         status, phrase = case.error
         if got.status in (status, None) and phrase in got.error:
@@ -172,8 +176,10 @@ def record(server: LiveServer) -> list[str]:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def examine(name: str, folder: Path, server: LiveServer, prompts: list[str], wanted: dict[str, Answer]) -> list[str]:
-    """The lines of the report on one client."""
+def examine(
+    name: str, folder: Path, server: LiveServer, prompts: list[str], wanted: dict[str, Answer]
+) -> tuple[list[str], bool]:
+    """The lines of the report on one client, and whether all is as it should be."""
     prompts.clear()
     more: dict = {}
     try:
@@ -181,29 +187,37 @@ def examine(name: str, folder: Path, server: LiveServer, prompts: list[str], wan
             version, answers, more = run_sillytavern(folder, f"{server.url}/v1", CASES, prompts)
         else:
             version, answers = run_driver(name, folder, f"{server.url}/v1", CASES)
-    except (NotAvailableError, RuntimeError) as error:
-        return [f"| {name} | 没有 [not available] | {error} |"]
+    except NotAvailableError as error:
+        return [f"| {name} | 没有 [not available] | {error} |"], True
+    except Exception as error:
+        return [f"| {name} | ? | {type(error).__name__}: {error} |"], False
     results = {case.name: judge(case, wanted[case.name], answers.get(case.name), prompts) for case in CASES}
     results |= {what: SAME if result is True else str(result) for what, result in more.items()}
     same = "、".join(case for case, result in results.items() if result == SAME)
-    others = [f"| | {case} | {result} |" for case, result in results.items() if result != SAME]
-    return [f"| {name} | {version} | {SAME} {same} |", *others]
+    others = {case: result for case, result in results.items() if result != SAME}
+    lines = [
+        f"| {name} | {version} | {SAME} {same} |",
+        *(f"| | {case} | {result} |" for case, result in others.items()),
+    ]
+    return lines, all(result.startswith(NO) for result in others.values())
 
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="which clients; all by default")] = None,
     packages: Annotated[Path | None, typer.Option(help="folder for the packages, kept")] = None,
 ) -> None:
-    """Try every client and print a table."""
+    """Try every client and print a table; the exit status is 1 if one that is here does not work."""
     print("| client | version | result |\n|---|---|---|")
-    model = helpers.load("nano", dtype="float32", device_map="cpu")
+    model, good = helpers.load("nano", dtype="float32", device_map="cpu"), True
     with tempfile.TemporaryDirectory() as temporary, nano_server(model, slots=4, api_key=KEY) as server:
-        prompts = record(server)
+        folder, prompts = (packages or Path(temporary)).absolute(), record(server)
+        folder.mkdir(parents=True, exist_ok=True)
         wanted = {case.name: expected(server, prompts, case) for case in CASES}
         for name in only or [*PYTHON, *NODE, "sillytavern"]:
-            print(
-                "\n".join(examine(name, (packages or Path(temporary)).absolute(), server, prompts, wanted)), flush=True
-            )
+            lines, as_it_should = examine(name, folder, server, prompts, wanted)
+            print("\n".join(lines), flush=True)
+            good = good and as_it_should
+    raise typer.Exit(0 if good else 1)
 
 
 if __name__ == "__main__":

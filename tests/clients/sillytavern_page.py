@@ -158,7 +158,7 @@ def run(address: str, url: str, prompts: list[str]) -> dict:
     """True or what was wrong, for each thing tried."""
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser_path is None:
-        return {"page": "没有 Chromium 或 Chrome [no browser found]"}
+        return {"page": "— 没有 Chromium 或 Chrome [no browser found]"}
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
