@@ -16,7 +16,7 @@ class Case:
     prompt_end: str = ""  # of the prompt
     error: tuple[int, str] | None = None  # status and English key phrase
     key: str = KEY
-    stop_at: int | None = None  # the character of the greedy reply that the case stops at
+    stops: bool = False  # before the last character of what the reply would be
 
     def to_json(self) -> dict:
         return {"name": self.name, "body": self.body, "key": self.key, "fails": self.error is not None}
@@ -46,7 +46,7 @@ CASES = [
     Case("character", request(user("你会唱歌吗"), model="苏梦远"), "[陆星辰]你会唱歌吗\n[苏梦远]"),
     Case("names", request(*NAMED), "信息：剑客\n[旅人]你好\n[阿青]嗯。\n[旅人]你叫什么？\n[阿青]"),
     Case("n=2", request(user("讲个故事"), n=2, seed=1, temperature=1.5, **PERSONA), "[旅人]讲个故事\n[阿青]"),
-    Case("stop", request(user("今天好冷"), **PERSONA), "[旅人]今天好冷\n[阿青]", stop_at=2),
+    Case("stop", request(user("今天好冷"), **PERSONA), "[旅人]今天好冷\n[阿青]", stops=True),
     Case("continue", request(user("去哪里"), bot("我们去"), **PERSONA), "[旅人]去哪里\n[阿青]我们去"),
     Case(
         "narrator",

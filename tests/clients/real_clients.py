@@ -85,8 +85,8 @@ def run_driver(name: str, folder: Path, url: str, cases: list[Case]) -> tuple[st
     if name in PYTHON:
         command = [python_with(name, folder), HERE / "drivers" / "python_clients.py", name, url, file]
     else:
-        node_modules(folder / "node", NODE[name])
-        driver = shutil.copy(HERE / "drivers" / DRIVERS[name], folder / "node")  # where it finds its packages
+        node_modules(folder / name, NODE[name])
+        driver = shutil.copy(HERE / "drivers" / DRIVERS[name], folder / name)  # where it finds its packages
         command = ["node", driver, url, file]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode != 0:
@@ -125,8 +125,8 @@ def plain(server: LiveServer, case: Case) -> Answer:
 def expected(server: LiveServer, prompts: list[str], case: Case) -> Answer:
     """The same, and the case itself is right: its prompt, its stop, its error."""
     answer = plain(server, case)
-    if case.stop_at is not None:
-        case.body["stop"] = [answer.texts[0][case.stop_at]]
+    if case.stops:
+        case.body["stop"] = [answer.texts[0][-1]]
         whole, answer = answer, plain(server, case)
         assert whole.texts[0].startswith(answer.texts[0]) and answer.texts != whole.texts
     if case.error:
