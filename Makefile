@@ -7,10 +7,10 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --durations=10
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run notebooks refresh test test-slow test-gpu lint lab kernel bench nano clean
+.PHONY: help setup run notebooks refresh test test-slow test-gpu test-clients lint lab kernel bench nano clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # An environment belongs to the folder it was made in: a copied or moved project makes its own.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
@@ -44,6 +44,10 @@ test-slow: $(READY) ## the rest: real compilers, killed processes, several proce
 
 test-gpu: $(READY) ## on a CUDA GPU: the notebooks, and the figures of the 6B into benchmarks/results/
 	$(VENV_PYTHON) -m pytest tests/gpu -m gpu -s
+
+test-clients: $(READY) ## real clients from pip and npm, SillyTavern among them, against the server; needs Node
+	@bash scripts/get_browser.sh
+	$(VENV_PYTHON) tests/clients/real_clients.py
 
 lint: $(READY) ## ruff
 	$(VENV_PYTHON) -m ruff check .

@@ -69,8 +69,8 @@ def sort_messages(messages: list[Message]) -> tuple[list[str], list[dict], list[
     talk: list[dict] = []
     examples: list[dict] = []
     for message in messages:
-        text = without_orders(message.content) if message.is_system else message.content
-        if message.role in ("tool", "function") or not text.strip():
+        text = without_orders(message.content) if message.is_system else message.content.strip()
+        if message.role in ("tool", "function") or not text:
             continue
         if message.is_system and message.name in EXAMPLE_ROLES:
             examples.append({"role": EXAMPLE_ROLES[message.name], "content": text})

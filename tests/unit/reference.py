@@ -83,3 +83,25 @@ def bot(content) -> dict:
 
 def persona(**fields) -> dict:
     return {"bot_name": "苏梦远", "bot_info": "歌手。", "user_name": "陆星辰", "user_info": "导演。", **fields}
+
+
+def system(content: str, **fields) -> dict:
+    return {"role": "system", "content": content, **fields}
+
+
+# Requests whose system messages do not all describe the character: the server and exported templates agree on them.
+NARRATED = {
+    "in a turn": [system("他怕水。"), user("你好\n "), system(" 门开了。\n"), bot("谁？"), user("我")],
+    "after the last turn": [user("你叫什么？"), bot("阿青"), user("冷吗"), system("只说一句话。"), system("小声")],
+    "before the user": [user("你好"), bot("嗯"), system("门开了。"), system("\u3000风\n大"), user(" 谁？"), user("我")],
+    "before the character": [user("你好"), bot("嗯"), system("门开了。"), bot("谁？"), user("我")],
+    "after a greeting": [system("剑客"), bot("你来了。"), system(" "), system("门开了。")],
+    "by a developer": [user("你好"), {"role": "developer", "content": "门</s>开[了]。"}, user("谁？")],
+}
+EXAMPLES = [
+    system("剑客"),
+    system("冷吗？", name="example_user"),
+    system("不冷\n", name="example_assistant"),
+    system("话很少", name="narrator"),
+    user("你好"),
+]

@@ -97,6 +97,11 @@ def test_what_a_narrator_says_before_the_user(tokenizer):
     assert text.endswith("[旅人]你好\n[阿青]嗯\n[旅人]（门开了。）谁？\n[阿青]")
 
 
+def test_spaces_around_a_message_do_not_part_it_from_its_narrator(tokenizer):
+    text = prompt(tokenizer, talk(user("你好\n "), system(" 小声\n")))
+    assert text.endswith("[旅人]你好（小声）\n[阿青]")
+
+
 def test_names_from_name_fields(tokenizer):
     messages = [system("山里的剑客"), user("你好", name="旅人"), bot("嗯", name="阿青"), user("冷吗")]
     text = prompt(tokenizer, ChatRequest(messages=messages))

@@ -17,8 +17,10 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 from reference import (
     COMPACT,
+    EXAMPLES,
     INDEX,
     NANO,
+    NARRATED,
     SHARDS,
     bot,
     copy_compact,
@@ -259,6 +261,8 @@ REQUESTS = {
         "messages": [SYSTEM, user("你好")],
         "chat_template_kwargs": {"session_meta": persona(greeting="你来了。")},
     },
+    "example dialogue": {"messages": EXAMPLES},
+    **{what: {"messages": messages} for what, messages in NARRATED.items()},
 }
 
 

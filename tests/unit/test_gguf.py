@@ -8,7 +8,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from reference import bot, copy_compact, edit_json, edit_weights, persona, shared, train_tokenizer, user
+from reference import (
+    EXAMPLES,
+    NARRATED,
+    bot,
+    copy_compact,
+    edit_json,
+    edit_weights,
+    persona,
+    shared,
+    train_tokenizer,
+    user,
+)
 from typer.testing import CliRunner
 
 import helpers
@@ -218,6 +229,8 @@ REQUESTS = {
         ]
     },
     "a greeting first": {"messages": [bot("（抬头）你来了。"), user("好些了？😀")]},
+    "example dialogue": {"messages": EXAMPLES},
+    **{what: {"messages": messages} for what, messages in NARRATED.items()},
 }
 
 
