@@ -81,6 +81,7 @@ def test_what_nano_samples_with_is_what_its_file_says(notebook):
 def test_the_vocabulary_cuts_as_the_text_says(notebook):
     assert all(f" {cut} " in said(notebook, "messages = ") for cut in ("歌 手", "演 员"))
     assert "<0x4D>" in said(notebook, "attack = ")
+    assert "好呀" in said(notebook, "convert_ids_to_tokens(ids)") and " 你好 呀 " in said(notebook, "messages = ")
 
 
 def test_nobody_can_speak_for_another(notebook):
@@ -128,7 +129,7 @@ def test_the_library_the_helper_and_the_loop_by_hand_agree(notebook):
 def test_the_cache_gives_the_same_tokens_sooner_and_without_a_stop_the_model_goes_on(notebook):
     shown = said(notebook, "slow_ids, slow = ")
     slow, fast = map(float, re.findall(r"缓存 ([\d.]+) 秒", shown))
-    assert "token 相同：True" in shown
+    assert "token 相同： True" in shown
     assert fast < slow / 1.5
     (without_first, without_last), (_, with_last) = [
         map(float, re.findall(r"([\d.]+) 毫秒", line)) for line in shown.splitlines() if "四分之一" in line
