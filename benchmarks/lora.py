@@ -19,12 +19,14 @@ same rows, which must not depend on how they are batched.
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from support.report import JsonFile, Quick, publish
+from support.report import JsonFile, Quick, Threads, publish
+from support.rounds import Ratio, in_turns
 from transformers import DataCollatorWithFlattening
 
 import helpers
@@ -43,13 +45,11 @@ def main(
     data: Annotated[Path, typer.Option(help="Instruction data, by default huanhuan.json if it is there.")] = HUANHUAN,
     repetitions: Annotated[int, typer.Option(min=5, help="Times each recipe is measured.")] = 7,
     steps: Annotated[int, typer.Option(min=4, help="Training steps of a measurement.")] = 12,
-    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
+    threads: Threads = 0,
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
     """Print samples a second of the recipes."""
-    if threads:
-        torch.set_num_threads(threads)
     repetitions, steps = (3, 6) if quick else (repetitions, steps)
     model, tokenizer = helpers.load("nano", device_map="cpu", dtype="float32")
     rows, source = read_rows(data, tokenizer)
@@ -67,8 +67,10 @@ def main(
     publish(
         "不填充到 512，微调快多少？How much faster is LoRA training if rows are not padded to 512 tokens?",
         ["recipe", "samples/s", "loss per token of the same 64 rows"],
-        [[name, f"{speed:.1f}", f"{losses[name]:.5f}"] for name, speed in speeds.items()],
-        ratios={f"{name}, against {LESSON}": speeds[name] / speeds[LESSON] for name in recipes if name != LESSON},
+        [[name, f"{statistics.median(each):.1f}", f"{losses[name]:.5f}"] for name, each in speeds.items()],
+        ratios={
+            f"{name}, against {LESSON}": Ratio.of(speeds[name], speeds[LESSON]) for name in recipes if name != LESSON
+        },
         setting=f"Nano, {len(rows):,} rows of {source}, median of {repetitions} times {steps} steps, CPU, float32",
         json_file=json_file,
     )
@@ -118,23 +120,22 @@ def mean_loss(model, batch, rows: list[dict]) -> float:
     return total / count
 
 
-def measure(model, recipes: dict, repetitions: int, steps: int) -> dict[str, float]:
-    """Median samples a second of each recipe.
+def measure(model, recipes: dict, repetitions: int, steps: int) -> dict[str, list[float]]:
+    """Samples a second of each recipe, round by round.
 
     A measurement takes its batches from all over the data, so that long and short rows have their share; every recipe
     runs on the same share of the batches of its own order.
     """
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-    speeds: dict[str, list[float]] = {name: [] for name in recipes}
-    for repetition in range(repetitions + 1):  # the first is the warm-up
-        for name in sorted(recipes, reverse=repetition % 2 == 1):
-            batch, rows = recipes[name]
-            starts = [
-                (step * repetitions + repetition) * len(rows) // (steps * repetitions + 1) for step in range(steps)
-            ]
-            seconds = run_steps(model, optimizer, batch, [rows[s - s % BATCH :][:BATCH] for s in starts])
-            speeds[name].append(steps * BATCH / seconds)
-    return {name: statistics.median(values[1:]) for name, values in speeds.items()}
+
+    def speed(recipe: str, repetition: int) -> float:
+        batch, rows = recipes[recipe]
+        starts = [(step * repetitions + repetition) * len(rows) // (steps * repetitions + 1) for step in range(steps)]
+        seconds = run_steps(model, optimizer, batch, [rows[s - s % BATCH :][:BATCH] for s in starts])
+        return steps * BATCH / seconds
+
+    sides = {name: partial(speed, name) for name in recipes}
+    return in_turns(sides, range(repetitions + 1), warm_up=True)
 
 
 def run_steps(model, optimizer, batch, groups: list[list[dict]]) -> float:
