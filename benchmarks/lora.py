@@ -28,7 +28,7 @@ from typing import Annotated
 
 import torch
 import typer
-from support.report import JsonFile, Quick, Threads, publish
+from support.report import CpuTime, JsonFile, Quick, Threads, publish
 from support.rounds import Ratio, in_turns
 from support.trl_peer import sft_step
 from transformers import DataCollatorWithFlattening
@@ -50,14 +50,12 @@ def main(
     repetitions: Annotated[int, typer.Option(min=5, help="Times each recipe is measured.")] = 7,
     steps: Annotated[int, typer.Option(min=4, help="Training steps of a measurement.")] = 12,
     threads: Threads = 0,
-    cpu_time: Annotated[
-        bool, typer.Option(help="With one thread: the CPU's time, which other load leaves alone.")
-    ] = False,
+    cpu_time: CpuTime = False,
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
     """Print samples a second of the recipes."""
-    repetitions, steps = (3, 6) if quick else (repetitions, steps)
+    repetitions, steps = (3, 4) if quick else (repetitions, steps)
     model, tokenizer = new_model()
     rows, source = read_rows(data, tokenizer)
     recipes = {

@@ -29,6 +29,9 @@ def set_threads(count: int) -> int:
 
 
 Threads = Annotated[int, typer.Option(min=0, callback=set_threads, help="torch threads; 0: torch's own choice.")]
+CpuTime = Annotated[
+    bool, typer.Option("--cpu-time", help="With one thread: count the CPU's time, which other load leaves alone.")
+]
 # Of the last minute, when the benchmark began; run_all.py hands over its own, as the script before is load as well.
 LOAD_VARIABLE = "BENCHMARK_LOAD"
 LOAD = float(os.environ.get(LOAD_VARIABLE, os.getloadavg()[0]))
