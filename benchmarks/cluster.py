@@ -9,7 +9,7 @@ On a CPU two replicas share the cores that one has, so little can be gained here
 more of it, so the machine has to be quiet. What a second GPU gains is for a machine with two.
 
     python benchmarks/cluster.py
-    python benchmarks/cluster.py --quick     # Nano only
+    python benchmarks/cluster.py --quick     # Nano, shorter replies
 """
 
 import asyncio
@@ -45,7 +45,7 @@ def main(
     json_file: JsonFile = None,
 ) -> None:
     """Print tokens a second of each server, and the ratios."""
-    model, rounds = ("nano", ROUNDS) if quick else (model, rounds)
+    model, rounds, new_tokens = ("nano", ROUNDS, 32) if quick else (model, rounds, new_tokens)
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("nano", "random") if model == "both" else (model,):

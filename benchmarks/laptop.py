@@ -46,7 +46,7 @@ def main(
 ) -> None:
     """Print size, speed and loss of every kind."""
     if quick:
-        replies, tokens, dialogues = 5, 32, 3
+        replies, tokens, dialogues = 3, 32, 1
     torch.set_num_threads(1)
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
