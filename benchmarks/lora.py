@@ -47,7 +47,7 @@ LESSON, OURS = f"padded to {PADDED_TO}", "helpers.finetune"
 
 def main(
     data: Annotated[Path, typer.Option(help="Instruction data, by default huanhuan.json if it is there.")] = HUANHUAN,
-    repetitions: Annotated[int, typer.Option(min=5, help="Times each recipe is measured.")] = 7,
+    repetitions: Annotated[int, typer.Option(min=3, help="Times each recipe is measured.")] = 7,
     steps: Annotated[int, typer.Option(min=4, help="Training steps of a measurement.")] = 12,
     threads: Threads = 0,
     cpu_time: CpuTime = False,
@@ -167,20 +167,20 @@ def mean_loss(recipe: Recipe, rows: list[dict]) -> float:
 
 
 def measure(recipes: dict[str, Recipe], repetitions: int, steps: int, clock: Callable) -> dict[str, list[float]]:
-    """Samples a second of each recipe, round by round.
+    """Samples a second of each recipe, round by round, on the same `steps` batches in every round."""
 
-    A measurement takes its batches from all over the data, so that long and short rows have their share; every recipe
-    runs on the same share of the batches of its own order.
-    """
-
-    def speed(recipe: Recipe, repetition: int) -> float:
-        rows = recipe.rows
-        starts = [(step * repetitions + repetition) * len(rows) // (steps * repetitions + 1) for step in range(steps)]
-        seconds = run_steps(recipe, [rows[s - s % BATCH :][:BATCH] for s in starts], clock)
-        return steps * BATCH / seconds
+    def speed(recipe: Recipe, _: int) -> float:
+        return steps * BATCH / run_steps(recipe, representative(recipe.rows, steps), clock)
 
     sides = {name: partial(speed, recipe) for name, recipe in recipes.items()}
     return in_turns(sides, range(repetitions + 1), warm_up=True)
+
+
+def representative(rows: list[dict], count: int) -> list[list[dict]]:
+    """So many of the batches that `rows` make: evenly spaced by size, so that long and short ones have their share."""
+    batches = [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
+    batches.sort(key=lambda batch: sum(len(row["input_ids"]) for row in batch))
+    return [batches[(2 * number + 1) * len(batches) // (2 * count)] for number in range(count)]
 
 
 def run_steps(recipe: Recipe, groups: list[list[dict]], clock: Callable) -> float:

@@ -112,6 +112,16 @@ def test_sides_take_turns_in_going_first(rounds) -> None:
     assert rounds.in_turns(sides, "12", warm_up=True) == {"a": ["a2"], "b": ["b2"], "c": ["c2"]}
 
 
+def test_lora_rounds_have_long_and_short_rows(support) -> None:
+    lora = importlib.import_module("lora")
+    rows = [{"input_ids": [0] * length} for length in range(1, 402)]
+    chosen = lora.representative(rows, 5)
+    assert [len(batch) for batch in chosen] == [lora.BATCH] * 5
+    lengths = [len(row["input_ids"]) for batch in chosen for row in batch]
+    assert sum(lengths) / len(lengths) == pytest.approx(201, abs=3)
+    assert min(lengths) < 50 and max(lengths) > 350
+
+
 @pytest.mark.parametrize(
     ("average", "note"), [(2.6, "loaded at start: 2.6 processes on 2 cores"), (2.0, ""), (0.1, "")]
 )
