@@ -127,7 +127,7 @@ def resident_growth(shape: str, task: str, options: dict) -> list[int]:
     run(AutoModelForCausalLM.from_config(config_of("tiny")), task, options)
     grown = []
     for _ in range(ROUNDS):
-        gc.collect()  # a model holds itself, by its hooks
+        gc.collect()  # what the round before used is given back
         before = memory_status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to what is used now
         run(AutoModelForCausalLM.from_config(config_of(shape)), task, options)
