@@ -14,7 +14,6 @@ numbers are converted one tensor at a time, so what is allocated is one model, n
     python benchmarks/loading.py --quick     # Nano and 100 million
 """
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -33,7 +32,7 @@ from support.report import JsonFile, Quick, publish
 from support.rounds import ROUNDS, Ratio, in_turns
 
 import helpers
-from helpers.export.safetensors_copy import convert_checkpoint
+from helpers.export.safetensors_copy import convert_checkpoint, stored_dtype
 from helpers.model.checkpoint import weight_files
 from helpers.model.loading import NANO_DIR
 from helpers.model.modeling import CharacterGLMConfig
@@ -91,8 +90,9 @@ def make_models(name: str, folder: Path) -> list[Path]:
 
 def compare(name: str, directory: Path, cache: str, repetitions: int, rows: list, ratios: dict) -> None:
     """Read and load in turns, in the dtype of the files; add a row and its ratios."""
-    files, reads, loads = measure(directory, stored_dtype(directory), cache, repetitions)
-    rows.append(row(name, files, stored_dtype(directory), cache, reads, loads))
+    dtype = str(stored_dtype(directory)).removeprefix("torch.")
+    files, reads, loads = measure(directory, dtype, cache, repetitions)
+    rows.append(row(name, files, dtype, cache, reads, loads))
     case = f"{name} {files[0].suffix} {cache}"
     ratios |= {f"{case}: {step} / read": Ratio.of(figures(loads, step), reads) for step in ("load", "used")}
     ratios[f"{case}: peak / weights"] = Ratio.of(figures(loads, "resident"), figures(loads, "weights"))
@@ -128,11 +128,6 @@ def row(name: str, files: list[Path], dtype: str, cache: str, reads: list[float]
 def figures(runs: list[dict], step: str) -> list[float]:
     """One figure of several loads."""
     return [run[step] for run in runs]
-
-
-def stored_dtype(directory: Path) -> str:
-    """What the files hold, by config.json."""
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
 
 
 def read_files(files: list[Path]) -> float:
