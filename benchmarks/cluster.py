@@ -9,7 +9,7 @@ On a CPU two replicas share the cores that one has, so little can be gained here
 more of it, so the machine has to be quiet. What a second GPU gains is for a machine with two.
 
     python benchmarks/cluster.py
-    python benchmarks/cluster.py --quick     # Nano only
+    python benchmarks/cluster.py --quick     # Nano, shorter replies
 """
 
 import asyncio
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from serving import write_random_model
+from support.random_model import save_random_model
 from support.report import JsonFile, Quick, publish
+from support.rounds import ROUNDS, Ratio, in_turns
+from support.talk import queries
 from transformers import AutoTokenizer
 
 import helpers
-from helpers.characters.dialogues import load_dialogues
 from helpers.network import free_port
 from helpers.serving import Server
 from helpers.serving.load_test import ask_all
@@ -37,25 +38,25 @@ SAMPLING = {"temperature": 0.95, "top_p": 0.7, "seed": 1}
 
 def main(
     model: Annotated[str, typer.Option(help="nano, random (ten times its size), or both.")] = "both",
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    rounds: Annotated[int, typer.Option(min=ROUNDS)] = 5,
     users: Annotated[int, typer.Option(min=2, help="How many at once.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=8, help="Longest reply.")] = 64,
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
     """Print tokens a second of each server, and the ratios."""
-    model, rounds = ("nano", 3) if quick else (model, rounds)
+    model, rounds, new_tokens = ("nano", ROUNDS, 32) if quick else (model, rounds, new_tokens)
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("nano", "random") if model == "both" else (model,):
-            directory = helpers.resolve_model("nano") if name == "nano" else write_random_model(Path(folder) / "random")
+            directory = helpers.resolve_model("nano") if name == "nano" else save_random_model(Path(folder) / "random")
             rates = compare(directory, rounds, users, new_tokens)
-            rows += [[name, side, f"{rate:,.0f} tokens/s"] for side, rate in rates.items()]
+            rows += [[name, side, f"{statistics.median(each):,.0f} tokens/s"] for side, each in rates.items()]
             plain, one, two = rates.values()
             ratios |= {
-                f"{name}: two replicas, against one": two / one,
-                f"{name}: two replicas, against the single server": two / plain,
-                f"{name}: one replica on Ray, against the single server": one / plain,
+                f"{name}: two replicas, against one": Ratio.of(two, one),
+                f"{name}: two replicas, against the single server": Ratio.of(two, plain),
+                f"{name}: one replica on Ray, against the single server": Ratio.of(one, plain),
             }
     publish(
         "两个副本比一个多答多少用户？How much more do two replicas answer than one?",
@@ -67,8 +68,8 @@ def main(
     )
 
 
-def compare(directory: Path, rounds: int, users: int, new_tokens: int) -> dict[str, float]:
-    """Median tokens a second of the single server, one replica and two."""
+def compare(directory: Path, rounds: int, users: int, new_tokens: int) -> dict[str, list[float]]:
+    """Tokens a second of the single server, one replica and two, round by round."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     cores = os.cpu_count() or 1
     sides = {
@@ -76,18 +77,13 @@ def compare(directory: Path, rounds: int, users: int, new_tokens: int) -> dict[s
         "1 replica": ["--max-replicas", 1, "--gpus-per-replica", 0, "--threads", cores],
         "2 replicas": ["--replicas", 2, "--gpus-per-replica", 0, "--threads", max(1, cores // 2)],
     }
-    asked = [query for dialogue in load_dialogues() for query, _ in dialogue.history if query][:users]
-    measured: dict[str, list[float]] = {side: [] for side in sides}
+    ask = {}
     with tempfile.TemporaryDirectory() as logs, ExitStack() as servers:
-        urls = {}
         for number, (side, options) in enumerate(sides.items()):
             log, port = Path(logs) / str(number), free_port(PORT)
-            urls[side] = servers.enter_context(Server(directory, port=port, log_file=log, options=options)).url
-            asyncio.run(rate(urls[side], tokenizer, asked, new_tokens))  # warm-up
-        for number in range(rounds):
-            for side in sorted(sides, reverse=number % 2 == 1):
-                measured[side].append(asyncio.run(rate(urls[side], tokenizer, asked, new_tokens)))
-    return {side: statistics.median(values) for side, values in measured.items()}
+            url = servers.enter_context(Server(directory, port=port, log_file=log, options=options)).url
+            ask[side] = lambda asked, url=url: asyncio.run(rate(url, tokenizer, asked, new_tokens))
+        return in_turns(ask, [queries()[:users]] * (rounds + 1), warm_up=True)
 
 
 async def rate(url: str, tokenizer, prompts: list[str], new_tokens: int) -> float:

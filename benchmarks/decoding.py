@@ -10,7 +10,6 @@ lookup (guess that the text repeats itself) and assisted decoding (Nano guesses 
     python benchmarks/decoding.py --quick --json decoding.json
 """
 
-import shutil
 import statistics
 import tempfile
 import time
@@ -20,14 +19,14 @@ from typing import Annotated
 
 import torch
 import typer
-from support.random_model import random_model
-from support.report import publish
-from transformers.generation import BaseStreamer
+from support.random_model import save_random_model
+from support.report import JsonFile, Quick, publish
+from support.rounds import Ratio, in_turns
+from support.talk import Clock, prompts
 
 import helpers
 from helpers.characters.dialogues import load_dialogues
 from helpers.chat.compat import compile_config
-from helpers.chat.fitting import encode_prompt
 from helpers.chat.generation import NEUTRAL
 from helpers.finetune import encode_samples, perplexity
 from helpers.model.kv_cache import new_cache
@@ -40,8 +39,8 @@ def main(
     repetitions: Annotated[int, typer.Option(min=3, help="Replies measured, each in every way.")] = 7,
     tokens: Annotated[int, typer.Option(min=8, help="Length of a reply.")] = 96,
     dialogues: Annotated[int, typer.Option(min=1, help="Held-out dialogues for the perplexity.")] = 60,
-    quick: Annotated[bool, typer.Option(help="Fewer and shorter replies, Nano only.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Print speed, perplexity and memory of every way."""
     if quick:
@@ -51,39 +50,33 @@ def main(
         for name in ["Nano"] if quick else ["Nano", "random"]:
             directory = NANO_DIR if name == "Nano" else save_random_model(Path(folder))
             measured = measure(directory, name, repetitions, tokens, dialogues)
-            plain = measured["plain"]["speed"]
             for way, figures in measured.items():
-                ratio = figures["speed"] / plain
-                ratios[f"{name}, {way}, against plain"] = ratio
-                rows.append([name, way, f"{figures['speed']:.0f}", f"{ratio:.2f}x", *figures["texts"]])
+                if way != "plain":
+                    ratios[f"{name}, {way}, against plain"] = Ratio.of(figures["speeds"], measured["plain"]["speeds"])
+                rows.append([name, way, f"{statistics.median(figures['speeds']):.0f}", *figures["texts"]])
     publish(
         "哪种解码最快，代价是什么？Which way of decoding is fastest, and at what cost?",
-        ["model", "way", "tokens/s", "ratio", "same tokens", "perplexity", "weights MiB", "first reply s"],
+        ["model", "way", "tokens/s", "same tokens", "perplexity", "weights MiB", "first reply s"],
         rows,
         ratios=ratios,
         setting=f"float32, medians of {repetitions} replies of {tokens} tokens",
-        json_file=json,
+        json_file=json_file,
     )
 
 
 def measure(directory: Path, name: str, repetitions: int, tokens: int, dialogues: int) -> dict[str, dict]:
-    """For every way: median tokens per second, and the texts of the other columns."""
-    ways, models, tokenizer = load_ways(directory, name)
-    prompts = [prompt_of(tokenizer, dialogue) for dialogue in load_dialogues()[: repetitions + 1]]
-    first = {way: decode(prompts[0], tokens)["seconds"] for way, decode in ways.items()}  # warm-up
-    speeds, replies = {way: [] for way in ways}, {way: [] for way in ways}
-    for repetition, prompt in enumerate(prompts[1:]):
-        for way in sorted(ways, reverse=repetition % 2 == 1):
-            reply = ways[way](prompt, tokens)
-            speeds[way].append(reply["speed"])
-            replies[way].append(reply["ids"])
+    """For every way: tokens per second of every reply, and the texts of the other columns."""
+    ways, models, tokenizer = load_ways(directory, name, tokens)
+    first, *asked = prompts(tokenizer, repetitions + 1)
+    begins = {way: decode(first)["seconds"] for way, decode in ways.items()}  # warm-up
+    replies = in_turns(ways, asked)
     quality = perplexities(models, tokenizer, dialogues) if name == "Nano" else {}
     result = {}
     for way in ways:
-        same = sum(ids == plain for ids, plain in zip(replies[way], replies["plain"]))
+        same = sum(own["ids"] == plain["ids"] for own, plain in zip(replies[way], replies["plain"]))
         size = models.get(way, models["plain"]).get_memory_footprint() / 2**20
-        texts = [f"{same} of {repetitions}", quality.get(way, ""), f"{size:.1f}", f"{first[way]:.1f}"]
-        result[way] = {"speed": statistics.median(speeds[way]), "texts": texts}
+        texts = [f"{same} of {repetitions}", quality.get(way, ""), f"{size:.1f}", f"{begins[way]:.1f}"]
+        result[way] = {"speeds": [reply["speed"] for reply in replies[way]], "texts": texts}
     return result
 
 
@@ -94,53 +87,22 @@ def perplexities(models: dict, tokenizer, dialogues: int) -> dict[str, str]:
     return {way: f"{perplexity(model, rows):.2f}" for way, model in models.items()}
 
 
-def prompt_of(tokenizer, dialogue) -> list[int]:
-    """The ids of the prompt for the last reply of a dialogue."""
-    return encode_prompt(tokenizer, dialogue.card, dialogue.history[-1][0], dialogue.history[:-1])
-
-
-def load_ways(directory: Path, name: str) -> tuple[dict[str, Callable], dict, object]:
-    """(functions that decode a prompt, the models behind the loaded ways, the tokenizer)."""
+def load_ways(directory: Path, name: str, tokens: int) -> tuple[dict[str, Callable], dict, object]:
+    """(functions that decode so many tokens, the models behind the loaded ways, the tokenizer)."""
     loaded = {way: helpers.load(directory, dtype="float32", **options) for way, options in LOADED.items()}
     models, tokenizer = {way: model for way, (model, _) in loaded.items()}, loaded["plain"][1]
-    ways: dict[str, Callable] = {way: decoder(model) for way, model in models.items()}
-    ways["prompt lookup"] = decoder(models["plain"], prompt_lookup_num_tokens=5)
+    ways: dict[str, Callable] = {way: decoder(model, tokens) for way, model in models.items()}
+    ways["prompt lookup"] = decoder(models["plain"], tokens, prompt_lookup_num_tokens=5)
     if name != "Nano":
-        ways["assisted by Nano"] = decoder(models["plain"], assistant_model=helpers.load("nano", dtype="float32")[0])
+        nano, _ = helpers.load("nano", dtype="float32")
+        ways["assisted by Nano"] = decoder(models["plain"], tokens, assistant_model=nano)
     return ways, models, tokenizer
 
 
-def save_random_model(folder: Path) -> Path:
-    """A directory of the random model, with Nano's tokenizer."""
-    random_model(helpers.load("nano")[0].config.vocab_size).save_pretrained(folder)
-    for file in NANO_DIR.glob("tokenizer*"):
-        shutil.copy(file, folder)
-    return folder
-
-
-class Clock(BaseStreamer):
-    """Notes when tokens came, and how many."""
-
-    def __init__(self) -> None:
-        self.ticks: list[tuple[float, int]] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by `generate` with the prompt, then with new tokens."""
-        self.ticks.append((time.perf_counter(), value.numel()))
-
-    def end(self) -> None:
-        """Called by `generate` at the end."""
-
-    def speed(self) -> float:
-        """Tokens per second after the first new ones."""
-        (begin, _), *later = self.ticks[1:]
-        return sum(count for _, count in later) / (later[-1][0] - begin)
-
-
-def decoder(model, **guessing) -> Callable:
+def decoder(model, tokens: int, **guessing) -> Callable:
     """A function that writes exactly so many greedy tokens: their ids, all the seconds, and the speed after the first."""
 
-    def decode(prompt: list[int], tokens: int) -> dict:
+    def decode(prompt: list[int]) -> dict:
         start, clock, ids = time.perf_counter(), Clock(), torch.tensor([prompt], device=model.device)
         settings = {"do_sample": False, **NEUTRAL, "repetition_penalty": 1.0, "pad_token_id": 0, **guessing}
         if not guessing:  # as `chat` does

@@ -23,6 +23,7 @@ import typer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from support.report import JsonFile, Quick, publish
+from support.rounds import ROUNDS
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import helpers
@@ -78,8 +79,8 @@ def measure_chat(model, prompt_tokens: int, new_tokens: int) -> dict:
     ids = random_ids(1, prompt_tokens).to(model.device)
     reply(model, ids, 2)  # warm-up: kernels are compiled or chosen
     reset_peak(model.device)
-    first = statistics.median(reply(model, ids, 1) for _ in range(3))
-    whole = statistics.median(reply(model, ids, new_tokens) for _ in range(3))
+    first = statistics.median(reply(model, ids, 1) for _ in range(ROUNDS))
+    whole = statistics.median(reply(model, ids, new_tokens) for _ in range(ROUNDS))
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -189,14 +190,14 @@ def slug(name: str) -> str:
 
 
 def show(report: dict, json_file: Path | None) -> None:
-    """The figures as a table, and what they cost against each other."""
+    """The figures as a table."""
     model, device = report["model"], report["device"]
     rows = [[task, *line(*figure)] for task in ("load", "chat", "lora") for figure in report[task].items()]
     publish(
         "模型在这台设备上多快、占多少内存？How fast does the model run on this device, and in how much memory?",
         ["task", "figure", "value"],
         rows,
-        ratios=compared(report),
+        ratios={},
         setting=f"{model['name']}, {model['dtype']}, {device['name']}",
         json_file=json_file,
         better="neither",
@@ -208,20 +209,6 @@ def line(name: str, value: float) -> tuple[str, str]:
     if name.endswith("_bytes"):
         return name.replace("_bytes", " GiB"), f"{value / 2**30:.2f}"
     return name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def compared(report: dict) -> dict[str, float]:
-    """How much faster a token is read than written; on a GPU also estimate / peak of the memory."""
-    chat = report["chat"]
-    ratios = {
-        "tokens read, against written": chat["prompt_tokens"] / chat["first_token_seconds"] / chat["tokens_per_second"]
-    }
-    if report["device"]["type"] == "cuda":
-        tasks = ("chat", "lora")
-        ratios |= {
-            f"{task}: estimate / peak": report[task]["estimated_bytes"] / report[task]["peak_bytes"] for task in tasks
-        }
-    return ratios
 
 
 if __name__ == "__main__":

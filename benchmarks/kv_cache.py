@@ -14,16 +14,16 @@ Printed: medians and their ratio, on CharacterGLM-Nano and on a random model of 
 import statistics
 from typing import Annotated
 
-import torch
 import typer
 from support.random_model import random_model
-from support.report import JsonFile, Quick, publish
+from support.report import JsonFile, Quick, Threads, publish
+from support.rounds import Ratio, in_turns
+from support.talk import CHARACTER
 
 import helpers
 from helpers.characters.dialogues import load_dialogues
 from helpers.chat.fitting import encode_prompt
 
-CHARACTER = "苏梦远"
 TURN_TOKENS = 28  # about what one more turn adds to the prompt
 REPLY = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
 
@@ -31,22 +31,20 @@ REPLY = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
 def main(
     history_tokens: Annotated[int, typer.Option(min=300, help="Length of the prompt half-way, in tokens.")] = 1500,
     repetitions: Annotated[int, typer.Option(min=7, help="Turns measured, each in both ways.")] = 11,
-    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
+    threads: Threads = 0,
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
     """Print the time to the first token with the cache kept and with the prompt computed anew."""
-    if threads:
-        torch.set_num_threads(threads)
     repetitions = 7 if quick else repetitions
     nano, tokenizer = helpers.load("nano", device_map="cpu", dtype="float32")
     models = {"Nano": nano} if quick else {"Nano": nano, "random": random_model(len(tokenizer))}
     rows, ratios = [], {}
     for name, model in models.items():
-        kept, anew, tokens = measure(model, tokenizer, history_tokens, repetitions)
-        times = f"{kept * 1000:.1f} ms", f"{anew * 1000:.1f} ms"
+        seconds, tokens = measure(model, tokenizer, history_tokens, repetitions)
+        times = (f"{statistics.median(each) * 1000:.1f} ms" for each in seconds.values())
         rows.append([name, f"{model.num_parameters() / 1e6:.1f}M", str(tokens), *times])
-        ratios[f"{name}: first token, cache kept against computed anew"] = anew / kept
+        ratios[f"{name}: first token, cache kept against computed anew"] = Ratio.of(seconds["anew"], seconds["kept"])
     publish(
         "每轮保留 KV cache，首个 token 快多少？How much sooner does a reply begin with the KV cache kept?",
         ["model", "parameters", "prompt tokens", "cache kept", "computed anew"],
@@ -57,22 +55,26 @@ def main(
     )
 
 
-def measure(model, tokenizer, history_tokens: int, repetitions: int) -> tuple[float, float, int]:
-    """Median seconds to the first token (cache kept, computed anew) and the median prompt length."""
+def measure(model, tokenizer, history_tokens: int, repetitions: int) -> tuple[dict, int]:
+    """Seconds to the first token, turn by turn (cache kept, computed anew), and the median prompt length."""
     session = helpers.ChatSession(model, tokenizer, helpers.get_character(CHARACTER), **REPLY)
     queries = fill_history(session, tokenizer, history_tokens - TURN_TOKENS * (repetitions // 2 + 1))
     session.send(queries.pop())  # fills the cache, as the turn before would have
-    seconds, lengths = {"kept": [], "anew": []}, []
-    for repetition in range(repetitions):
-        query = queries.pop()
-        fresh = helpers.ChatSession(model, tokenizer, session.session_meta, **REPLY)
-        fresh.history = list(session.history)
-        sessions = {"kept": session, "anew": fresh}
-        for way in sorted(sessions, reverse=repetition % 2 == 1):
-            sessions[way].send(query)
-            seconds[way].append(sessions[way].statistics["time_to_first_token"])
+    lengths = []
+
+    def kept(turn: tuple[str, list]) -> float:
+        session.send(turn[0])
         lengths.append(session.statistics["prompt_tokens"])
-    return *map(statistics.median, seconds.values()), int(statistics.median(lengths))
+        return session.statistics["time_to_first_token"]
+
+    def anew(turn: tuple[str, list]) -> float:
+        fresh = helpers.ChatSession(model, tokenizer, session.session_meta, **REPLY)
+        fresh.history = turn[1]
+        fresh.send(turn[0])
+        return fresh.statistics["time_to_first_token"]
+
+    turns = ((queries.pop(), list(session.history)) for _ in range(repetitions))
+    return in_turns({"kept": kept, "anew": anew}, turns), int(statistics.median(lengths))
 
 
 def fill_history(session, tokenizer, tokens: int) -> list[str]:

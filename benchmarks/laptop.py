@@ -22,13 +22,13 @@ from typing import Annotated
 import torch
 import typer
 from support.llama_server import LlamaServer, to_q4_k_m
-from support.random_model import random_model
+from support.random_model import save_random_model
 from support.report import JsonFile, Quick, publish
-from transformers.generation import BaseStreamer
+from support.rounds import Ratio, in_turns
+from support.talk import Clock, prompts
 
 import helpers
 from helpers.characters.dialogues import load_dialogues
-from helpers.chat.fitting import encode_prompt
 from helpers.chat.generation import NEUTRAL, STOP_IDS
 from helpers.finetune import encode_samples, perplexity
 from helpers.model.loading import NANO_DIR
@@ -46,15 +46,20 @@ def main(
 ) -> None:
     """Print size, speed and loss of every kind."""
     if quick:
-        replies, tokens, dialogues = 5, 32, 3
+        replies, tokens, dialogues = 3, 32, 1
     torch.set_num_threads(1)
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ["Nano"] if quick else ["Nano", "random 300M"]:
-            directory = NANO_DIR if name == "Nano" else save_random_model(Path(folder) / "random")
+            directory = (
+                NANO_DIR
+                if name == "Nano"
+                else save_random_model(Path(folder) / "random", torch.bfloat16, **RANDOM_SHAPE)
+            )
             for way, figures in measure(directory, Path(folder), replies, tokens, dialogues).items():
                 rows.append([name, way, *figures["texts"]])
-                ratios[f"{name}, {way}, CPU time of a token against {OURS}"] = figures["ratio"]
+                if way != OURS:
+                    ratios[f"{name}, {way}, CPU time of a token against {OURS}"] = figures["ratio"]
     publish(
         "llama.cpp 里的模型多小、多快，损失多少？How small and fast is a model in llama.cpp, and what does it lose?",
         ["model", "way", "MB", "CPU ms/token", "lowest - highest", "same replies", "perplexity"],
@@ -70,40 +75,36 @@ def measure(directory: Path, folder: Path, replies: int, tokens: int, dialogues:
     own, tokenizer = helpers.load(directory, dtype="bfloat16")
     files = gguf_files(directory, folder)
     servers = {kind: LlamaServer(file) for kind, file in files.items()}
-    prompts = [encode_prompt(tokenizer, d.card, d.history[-1][0], d.history[:-1]) for d in load_dialogues()[:replies]]
-    seconds = measure_seconds(own, servers, prompts, tokens)
+    asked = prompts(tokenizer, replies)
+    seconds = measure_seconds(own, servers, asked, tokens)
     sizes = {OURS: sum(tensor.nbytes for tensor in own.state_dict().values())}
     sizes |= {kind: file.stat().st_size for kind, file in files.items()}
     is_nano = directory == NANO_DIR
-    same = same_replies(own, servers, prompts, tokens) if is_nano else {}
+    same = same_replies(own, servers, asked, tokens) if is_nano else {}
     lost = perplexities(own, servers, tokenizer, dialogues) if is_nano else {}
     found = {}
     for way, each in seconds.items():
         usual, low, high = (1000 * pick(each) for pick in (statistics.median, min, max))
         texts = [f"{sizes[way] / 1e6:.1f}", f"{usual:.2f}", f"{low:.2f} - {high:.2f}"]
         texts += [f"{same[way]} of {replies}", f"{lost[way]:.3f}"] if is_nano else ["", ""]
-        found[way] = {"ratio": statistics.median(seconds[OURS]) / statistics.median(each), "texts": texts}
+        found[way] = {"ratio": Ratio.of(seconds[OURS], each), "texts": texts}
     return found
 
 
-def measure_seconds(own, servers: dict[str, LlamaServer], prompts: list, tokens: int) -> dict[str, list[float]]:
+def measure_seconds(own, servers: dict[str, LlamaServer], asked: list, tokens: int) -> dict[str, list[float]]:
     """CPU seconds of a token, way by way, for every prompt; the order alternates."""
-    ways = {OURS: lambda prompt, tokens: decode(own, prompt, tokens)[1]}
-    ways |= {kind: server.seconds for kind, server in servers.items()}
-    seconds = {way: [] for way in ways}
-    for number, prompt in enumerate(prompts):
-        for way in sorted(ways, reverse=number % 2 == 1):
-            seconds[way].append(ways[way](prompt, tokens))
-    return seconds
+    ways = {OURS: lambda prompt: decode(own, prompt, tokens)[1]}
+    ways |= {kind: lambda prompt, server=server: server.seconds(prompt, tokens) for kind, server in servers.items()}
+    return in_turns(ways, asked)
 
 
-def same_replies(own, servers: dict[str, LlamaServer], prompts: list, tokens: int) -> dict[str, int]:
+def same_replies(own, servers: dict[str, LlamaServer], asked: list, tokens: int) -> dict[str, int]:
     """How many greedy replies have the tokens of Nano in float32."""
     exact = helpers.load("nano", dtype="float32")[0]
     replies = {kind: lambda prompt, server=server: server.reply(prompt, tokens) for kind, server in servers.items()}
     replies[OURS] = lambda prompt: reply(own, prompt, tokens)
-    expected = [reply(exact, prompt, tokens) for prompt in prompts]
-    return {way: sum(write(prompt) == ids for prompt, ids in zip(prompts, expected)) for way, write in replies.items()}
+    expected = [reply(exact, prompt, tokens) for prompt in asked]
+    return {way: sum(write(prompt) == ids for prompt, ids in zip(asked, expected)) for way, write in replies.items()}
 
 
 def gguf_files(directory: Path, folder: Path) -> dict[str, Path]:
@@ -137,35 +138,12 @@ def reply(model, prompt: list[int], tokens: int) -> list[int]:
 
 def decode(model, prompt: list[int], tokens: int) -> tuple[list[int], float]:
     """The ids of exactly so many greedy tokens, and the CPU seconds of one after the first."""
-    ids, clock = torch.tensor([prompt]), Clock()
+    ids, clock = torch.tensor([prompt]), Clock(time.process_time)
     settings = {"do_sample": False, **NEUTRAL, "repetition_penalty": 1.0, "pad_token_id": 0, "eos_token_id": None}
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), streamer=clock, max_new_tokens=tokens, min_new_tokens=0, **settings
     )
-    # The first tick is the prompt's, the second that of the token which comes from reading it.
-    return output[0, len(prompt) :].tolist(), (clock.ticks[-1] - clock.ticks[1]) / (len(clock.ticks) - 2)
-
-
-class Clock(BaseStreamer):
-    """Notes the CPU time when a token came."""
-
-    def __init__(self) -> None:
-        self.ticks: list[float] = []
-
-    def put(self, _) -> None:
-        """Called by `generate` with the prompt, then with every token."""
-        self.ticks.append(time.process_time())
-
-    def end(self) -> None:
-        """Called by `generate` at the end."""
-
-
-def save_random_model(folder: Path) -> Path:
-    """A directory of the random model in bfloat16, with Nano's tokenizer."""
-    random_model(helpers.load("nano")[0].config.vocab_size, **RANDOM_SHAPE).bfloat16().save_pretrained(folder)
-    for file in NANO_DIR.glob("tokenizer*"):
-        shutil.copy(file, folder)
-    return folder
+    return output[0, len(prompt) :].tolist(), 1 / clock.speed()
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ numbers are converted one tensor at a time, so what is allocated is one model, n
     python benchmarks/loading.py --quick     # Nano and 100 million
 """
 
-import json
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -28,10 +28,11 @@ from typing import Annotated
 import torch
 import typer
 from support.memory import PeakMemory
-from support.report import publish
+from support.report import JsonFile, Quick, publish
+from support.rounds import ROUNDS, Ratio, in_turns
 
 import helpers
-from helpers.export.safetensors_copy import convert_checkpoint
+from helpers.export.safetensors_copy import convert_checkpoint, stored_dtype
 from helpers.model.checkpoint import weight_files
 from helpers.model.loading import NANO_DIR
 from helpers.model.modeling import CharacterGLMConfig
@@ -51,19 +52,21 @@ COLUMNS = ["model", "files", "dtype", "cache", "read", "load", "used", "peak"]
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Nano and 100 million weights, under a minute.")] = False,
-    repetitions: Annotated[int | None, typer.Option(min=1, help="Loads per row; default 7, or 3 if quick.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there too.")] = None,
+    quick: Quick = False,
+    repetitions: Annotated[
+        int | None, typer.Option(min=ROUNDS, help="Loads per row; default 7, or 3 if quick.")
+    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Print times, memory and their ratios to what the files need."""
-    repetitions = repetitions or (3 if quick else 7)
+    repetitions = repetitions or (ROUNDS if quick else 7)
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("Nano", "100M") if quick else ("Nano", *SHAPES):
             for directory in make_models(name, Path(folder)):
                 for cache in ("warm",) if quick else ("warm", "cold"):
                     compare(name, directory, cache, repetitions, rows, ratios)
-                add_converted(name, directory, rows, ratios)
+                add_converted(name, directory, repetitions, rows, ratios)
     publish(
         f"Loading against reading the files: at most {TIME_BOUND}x the time and {MEMORY_BOUND}x the memory?",
         COLUMNS,
@@ -87,46 +90,44 @@ def make_models(name: str, folder: Path) -> list[Path]:
 
 def compare(name: str, directory: Path, cache: str, repetitions: int, rows: list, ratios: dict) -> None:
     """Read and load in turns, in the dtype of the files; add a row and its ratios."""
-    files, dtype = weight_files(directory), stored_dtype(directory)
-    read_files(files)
-    reads, loads = [], []
-    for _ in range(repetitions):
-        prepare(files, cache)
-        reads.append(read_files(files))
-        prepare(files, cache)
-        loads.append(load(directory, dtype))
+    dtype = str(stored_dtype(directory)).removeprefix("torch.")
+    files, reads, loads = measure(directory, dtype, cache, repetitions)
     rows.append(row(name, files, dtype, cache, reads, loads))
-    add_ratios(ratios, f"{name} {files[0].suffix} {cache}", statistics.median(reads), loads)
+    case = f"{name} {files[0].suffix} {cache}"
+    ratios |= {f"{case}: {step} / read": Ratio.of(figures(loads, step), reads) for step in ("load", "used")}
+    ratios[f"{case}: peak / weights"] = Ratio.of(figures(loads, "resident"), figures(loads, "weights"))
 
 
-def add_ratios(ratios: dict, case: str, read: float, loads: list[dict]) -> None:
-    """Medians of the times over that of reading; the highest peak over the weights."""
-    ratios |= {f"{case}: {step} / read": median(loads, step) / read for step in ("load", "used")}
-    ratios[f"{case}: peak / weights"] = max(run["resident"] / run["weights"] for run in loads)
-
-
-def add_converted(name: str, directory: Path, rows: list, ratios: dict) -> None:
+def add_converted(name: str, directory: Path, repetitions: int, rows: list, ratios: dict) -> None:
     """Load as float32, for the memory: add a row and what was allocated."""
-    files, run = weight_files(directory), load(directory, "float32")
-    rows.append(row(name, files, "float32", "warm", [read_files(files)], [run]))
-    ratios[f"{name} {files[0].suffix} as float32: allocated / weights"] = run["allocated"] / run["weights"]
+    files, reads, loads = measure(directory, "float32", "warm", repetitions)
+    rows.append(row(name, files, "float32", "warm", reads, loads))
+    case = f"{name} {files[0].suffix} as float32: allocated / weights"
+    ratios[case] = Ratio.of(figures(loads, "allocated"), figures(loads, "weights"))
+
+
+def measure(directory: Path, dtype: str, cache: str, repetitions: int) -> tuple[list[Path], list[float], list[dict]]:
+    """The weight files, the seconds of reading them and what loading them took, in turns."""
+    files = weight_files(directory)
+    read_files(files)
+
+    def after_prepare(do: Callable) -> Callable:
+        return lambda _: (prepare(files, cache), do())[1]
+
+    sides = {"read": after_prepare(lambda: read_files(files)), "load": after_prepare(lambda: load(directory, dtype))}
+    return files, *in_turns(sides, range(repetitions)).values()
 
 
 def row(name: str, files: list[Path], dtype: str, cache: str, reads: list[float], loads: list[dict]) -> list[str]:
     """A line of the table."""
-    times = statistics.median(reads), median(loads, "load"), median(loads, "used")
+    times = map(statistics.median, (reads, figures(loads, "load"), figures(loads, "used")))
     peak = max(run["resident"] / run["weights"] for run in loads)
     return [name, files[0].suffix[1:], dtype, cache, *(f"{time * 1000:,.0f}" for time in times), f"{peak:.2f}x"]
 
 
-def median(runs: list[dict], step: str) -> float:
-    """The median of one figure of several loads."""
-    return statistics.median(run[step] for run in runs)
-
-
-def stored_dtype(directory: Path) -> str:
-    """What the files hold, by config.json."""
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
+def figures(runs: list[dict], step: str) -> list[float]:
+    """One figure of several loads."""
+    return [run[step] for run in runs]
 
 
 def read_files(files: list[Path]) -> float:

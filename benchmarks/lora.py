@@ -1,30 +1,36 @@
 """How many more samples a second does LoRA training learn from if rows are not padded to 512 tokens?
 
-The usual lesson's recipe (batch 4, every row padded to 512 tokens) against three others on the same batch size:
+The usual lesson's recipe (batch 4, every row padded to 512 tokens) against others on the same batch size:
 
 - rows of similar length together, padded to the longest, logits only from the first learned token on (`pad`);
 - packing: the rows behind each other in one sequence, no padding (transformers' `DataCollatorWithFlattening`);
-- what `helpers.finetune` does: packing with the persona, which all rows begin with, computed once (`share_prefix`).
+- what `helpers.finetune` does: packing with the persona, which all rows begin with, computed once (`share_prefix`);
+- TRL's SFTTrainer, if it is installed, on the grouped rows: padded to the longest, and without padding.
 
 Same model, data and precision; whole training steps (forward, backward, optimizer); in alternating order in one run,
 after a warm-up. Printed: median samples a second and their ratio, on CharacterGLM-Nano in float32, and the loss on the
 same rows, which must not depend on how they are batched.
 
     python benchmarks/lora.py
-    python benchmarks/lora.py --data huanhuan.json --repetitions 9 --threads 1
+    python benchmarks/lora.py --data huanhuan.json --repetitions 9 --threads 1 --cpu-time
     python benchmarks/lora.py --quick     # fewer and shorter measurements
 
 `--data` is the instruction set that readers of the lesson bring along; without it the project's own set is used.
 """
 
+import importlib.util
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from support.report import JsonFile, Quick, publish
+from support.report import CpuTime, JsonFile, Quick, Threads, publish
+from support.rounds import Ratio, in_turns
+from support.trl_peer import sft_step
 from transformers import DataCollatorWithFlattening
 
 import helpers
@@ -36,42 +42,83 @@ from helpers.finetune.training import EpochGroupedSampler
 HUANHUAN = Path(__file__).parents[2] / "shared" / "data" / "huanhuan.json"
 HUANHUAN_CARD = {"bot_name": "甄嬛", "bot_info": "皇帝身边的女人。", "user_name": "用户"}
 BATCH, PADDED_TO = 4, 512
-LESSON = f"padded to {PADDED_TO}"
+LESSON, OURS = f"padded to {PADDED_TO}", "helpers.finetune"
 
 
 def main(
     data: Annotated[Path, typer.Option(help="Instruction data, by default huanhuan.json if it is there.")] = HUANHUAN,
-    repetitions: Annotated[int, typer.Option(min=5, help="Times each recipe is measured.")] = 7,
+    repetitions: Annotated[int, typer.Option(min=3, help="Times each recipe is measured.")] = 7,
     steps: Annotated[int, typer.Option(min=4, help="Training steps of a measurement.")] = 12,
-    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
+    threads: Threads = 0,
+    cpu_time: CpuTime = False,
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
     """Print samples a second of the recipes."""
-    if threads:
-        torch.set_num_threads(threads)
-    repetitions, steps = (3, 6) if quick else (repetitions, steps)
-    model, tokenizer = helpers.load("nano", device_map="cpu", dtype="float32")
+    repetitions, steps = (3, 4) if quick else (repetitions, steps)
+    model, tokenizer = new_model()
     rows, source = read_rows(data, tokenizer)
-    torch.manual_seed(0)
-    model = add_lora(model, "qkv")
-    model.config.use_cache = False  # as the Trainer does: training has no use for a KV cache
     recipes = {
-        LESSON: (pad_to_fixed_length, shuffled(rows)),
-        "grouped, padded": (pad, grouped(rows)),
-        "packed": (DataCollatorWithFlattening(), grouped(rows)),
-        "helpers.finetune": (collate, grouped(rows)),
+        LESSON: Recipe(model, pad_to_fixed_length, shuffled(rows)),
+        "grouped, padded": Recipe(model, pad, grouped(rows)),
+        "packed": Recipe(model, DataCollatorWithFlattening(), grouped(rows)),
+        OURS: Recipe(model, collate, grouped(rows)),
+        **trl_recipes(grouped(rows)),
     }
-    losses = {name: mean_loss(model, batch, rows[:64]) for name, (batch, _) in recipes.items()}
-    speeds = measure(model, recipes, repetitions, steps)
+    losses = {name: mean_loss(recipe, rows[:64]) for name, recipe in recipes.items()}
+    speeds = measure(recipes, repetitions, steps, time.process_time if cpu_time else time.perf_counter)
     publish(
         "不填充到 512，微调快多少？How much faster is LoRA training if rows are not padded to 512 tokens?",
         ["recipe", "samples/s", "loss per token of the same 64 rows"],
-        [[name, f"{speed:.1f}", f"{losses[name]:.5f}"] for name, speed in speeds.items()],
-        ratios={f"{name}, against {LESSON}": speeds[name] / speeds[LESSON] for name in recipes if name != LESSON},
-        setting=f"Nano, {len(rows):,} rows of {source}, median of {repetitions} times {steps} steps, CPU, float32",
+        [[name, f"{statistics.median(each):.1f}", f"{losses[name]:.5f}"] for name, each in speeds.items()]
+        + ([] if has_trl() else [["TRL", "not installed: pip install trl", ""]]),
+        ratios=compared(speeds),
+        setting=f"Nano, {len(rows):,} rows of {source}, median of {repetitions} times {steps} steps, CPU, float32"
+        + (", CPU time" if cpu_time else ""),
         json_file=json_file,
     )
+
+
+def compared(speeds: dict[str, list[float]]) -> dict[str, Ratio]:
+    """Every recipe against the lesson's, and ours against TRL's."""
+    ratios = {
+        f"{name}, against {LESSON}": Ratio.of(each, speeds[LESSON]) for name, each in speeds.items() if name != LESSON
+    }
+    for name in (name for name in speeds if name.startswith("TRL")):
+        ratios[f"{OURS}, against {name}"] = Ratio.of(speeds[OURS], speeds[name])
+    return ratios
+
+
+class Recipe:
+    """A way of training: how rows become a batch, in which order they come, and what a step is."""
+
+    def __init__(self, model, batch: Callable, rows: list[dict], backward: Callable | None = None):
+        self.model, self.batch, self.rows = model, batch, rows
+        self.backward = backward or (lambda rows: model(**batch(rows)).loss.backward())
+        self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+
+
+def new_model() -> tuple:
+    """Nano with a new adapter, and its tokenizer."""
+    model, tokenizer = helpers.load("nano", device_map="cpu", dtype="float32")
+    torch.manual_seed(0)
+    model = add_lora(model, "qkv")
+    model.config.use_cache = False  # as the Trainer does: training has no use for a KV cache
+    return model, tokenizer
+
+
+def has_trl() -> bool:
+    return importlib.util.find_spec("trl") is not None
+
+
+def trl_recipes(rows: list[dict]) -> dict[str, Recipe]:
+    """TRL's, each with a model of its own, as it changes the model's forward; none if it is not installed."""
+    found = {}
+    for name, padding_free in {"TRL, padded": False, "TRL, padding-free": True}.items() if has_trl() else ():
+        model, tokenizer = new_model()
+        batch, backward = sft_step(model, tokenizer, rows, BATCH, padding_free)
+        found[name] = Recipe(model, batch, rows, backward)
+    return found
 
 
 def read_rows(data: Path, tokenizer) -> tuple[list[dict], str]:
@@ -107,46 +154,45 @@ def grouped(rows: list[dict]) -> list[dict]:
     return [rows[i] for i in EpochGroupedSampler(BATCH, [len(row["input_ids"]) for row in rows], seed=0)]
 
 
-def mean_loss(model, batch, rows: list[dict]) -> float:
+@torch.no_grad()
+def mean_loss(recipe: Recipe, rows: list[dict]) -> float:
     """Loss per learned token without dropout: it must not depend on how rows are batched."""
     total = count = 0
-    with torch.no_grad():
-        for start in range(0, len(rows), BATCH):
-            group = rows[start : start + BATCH]
-            learned = sum(label != IGNORED for row in group for label in row["labels"])
-            total, count = total + learned * model.eval()(**batch(group)).loss.item(), count + learned
+    recipe.model.eval()
+    for start in range(0, len(rows), BATCH):
+        group = rows[start : start + BATCH]
+        learned = sum(label != IGNORED for row in group for label in row["labels"])
+        total, count = total + learned * recipe.model(**recipe.batch(group)).loss.item(), count + learned
     return total / count
 
 
-def measure(model, recipes: dict, repetitions: int, steps: int) -> dict[str, float]:
-    """Median samples a second of each recipe.
+def measure(recipes: dict[str, Recipe], repetitions: int, steps: int, clock: Callable) -> dict[str, list[float]]:
+    """Samples a second of each recipe, round by round, on the same `steps` batches in every round."""
 
-    A measurement takes its batches from all over the data, so that long and short rows have their share; every recipe
-    runs on the same share of the batches of its own order.
-    """
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-    speeds: dict[str, list[float]] = {name: [] for name in recipes}
-    for repetition in range(repetitions + 1):  # the first is the warm-up
-        for name in sorted(recipes, reverse=repetition % 2 == 1):
-            batch, rows = recipes[name]
-            starts = [
-                (step * repetitions + repetition) * len(rows) // (steps * repetitions + 1) for step in range(steps)
-            ]
-            seconds = run_steps(model, optimizer, batch, [rows[s - s % BATCH :][:BATCH] for s in starts])
-            speeds[name].append(steps * BATCH / seconds)
-    return {name: statistics.median(values[1:]) for name, values in speeds.items()}
+    def speed(recipe: Recipe, _: int) -> float:
+        return steps * BATCH / run_steps(recipe, representative(recipe.rows, steps), clock)
+
+    sides = {name: partial(speed, recipe) for name, recipe in recipes.items()}
+    return in_turns(sides, range(repetitions + 1), warm_up=True)
 
 
-def run_steps(model, optimizer, batch, groups: list[list[dict]]) -> float:
+def representative(rows: list[dict], count: int) -> list[list[dict]]:
+    """So many of the batches that `rows` make: evenly spaced by size, so that long and short ones have their share."""
+    batches = [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
+    batches.sort(key=lambda batch: sum(len(row["input_ids"]) for row in batch))
+    return [batches[(2 * number + 1) * len(batches) // (2 * count)] for number in range(count)]
+
+
+def run_steps(recipe: Recipe, groups: list[list[dict]], clock: Callable) -> float:
     """Seconds for one training step on each group of rows."""
-    model.train()
-    start = time.perf_counter()
+    recipe.model.train()
+    start = clock()
     for rows in groups:
-        model(**batch(rows)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return time.perf_counter() - start
+        recipe.backward(rows)
+        torch.nn.utils.clip_grad_norm_(recipe.model.parameters(), 1.0)
+        recipe.optimizer.step()
+        recipe.optimizer.zero_grad()
+    return clock() - start
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Annotated
 
 import typer
 from support.figures_table import QUICK, RUN, redraw
+from support.report import LOAD, LOAD_VARIABLE
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / QUICK
@@ -80,7 +81,7 @@ def run_script(script: Path, figures: Path) -> dict:
 
 def run(command: list[str]) -> int | None:
     """The exit code, or None after the time is over; then, and on Ctrl-C, what it started ends with it."""
-    with subprocess.Popen(command, start_new_session=True) as process:
+    with subprocess.Popen(command, start_new_session=True, env=os.environ | {LOAD_VARIABLE: str(LOAD)}) as process:
         try:
             return process.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:

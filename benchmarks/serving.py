@@ -1,22 +1,22 @@
 """Does a batching server help many users without costing a single one?
 
 Our server (`python -m helpers serve`) against the original lesson's (`support/lesson_server.py`, one request at a time)
-and against plain `model.generate` in this process: the same model, prompts and parameters, sides alternating in one run,
-medians over the rounds. On CharacterGLM-Nano and on a random model ten times its size, float32 on the CPU.
+and against plain `model.generate` in this process: the same model, prompts, parameters and threads, sides alternating in
+one run. On CharacterGLM-Nano and on a random model ten times its size, float32 on the CPU.
 
-- one user: tokens a second of our server against plain `generate`, both greedy
+- one user: tokens a second of our server against plain `generate`, both greedy and streamed
 - many at once: tokens a second against the lesson's server, and the 99th percentile of `GET /health` meanwhile
-- one new user every 0.25 s: median time until the first words are there (the lesson's server does not stream)
+- one new user every 0.25 s: median time until the first words are there (the lesson's server does not stream: its first words
+  are there when all of them are)
 
 Tokens are counted by encoding the replies again, in the same way for both sides.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --model nano --rounds 5 --threads 1
-    python benchmarks/serving.py --quick     # Nano, one round
+    python benchmarks/serving.py --quick     # Nano, shorter replies
 """
 
 import asyncio
-import os
 import statistics
 import tempfile
 import time
@@ -24,83 +24,74 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from support.random_model import random_model
-from support.report import JsonFile, Quick, publish
+from support.random_model import save_random_model
+from support.report import JsonFile, Quick, publish, set_threads
+from support.rounds import ROUNDS, Ratio, in_turns
+from support.talk import CHARACTER
+from transformers import TextIteratorStreamer
 
 import helpers
 from helpers.characters.dialogues import load_dialogues
 from helpers.serving import Server
 from helpers.serving.load_test import ask_all, health_delays
+from helpers.serving.server import default_threads
 
 LESSON_SERVER = Path(__file__).parent / "support" / "lesson_server.py"
-CHARACTER = "苏梦远"
 GAP = 0.25
 PORT = 16006  # or the next free one
 
 
 def main(
     model: Annotated[str, typer.Option(help="nano, random, or both.")] = "both",
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=ROUNDS)] = ROUNDS,
     users: Annotated[int, typer.Option(min=2, help="How many at once.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=8, help="Longest reply.")] = 64,
-    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
+    threads: Annotated[int, typer.Option(help="On all sides; 0: as many as the server takes.")] = 0,
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
     """Print a table of both servers and the ratios."""
-    if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
-    model, rounds = ("nano", 1) if quick else (model, rounds)
+    threads = set_threads(threads or default_threads())
+    model, new_tokens = ("nano", 32) if quick else (model, new_tokens)
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("nano", "random") if model == "both" else (model,):
-            directory = helpers.resolve_model("nano") if name == "nano" else write_random_model(Path(folder) / "random")
-            add_rows(name, asyncio.run(compare(directory, rounds, users, new_tokens)), users, rows, ratios)
+            directory = helpers.resolve_model("nano") if name == "nano" else save_random_model(Path(folder) / "random")
+            add_rows(name, compare(directory, rounds, users, new_tokens, threads), users, rows, ratios)
     publish(
         "批处理的服务快多少，一个用户要付出代价吗？How much faster is the batching server, and does one user pay for it?",
         ["model", "question", "theirs", "ours"],
         rows,
         ratios=ratios,
-        setting=f"medians of {rounds} rounds, CPU, float32, replies of at most {new_tokens} tokens",
+        setting=f"medians of {rounds} rounds, CPU, float32, replies of at most {new_tokens} tokens, {threads} thread(s) a side",
         json_file=json_file,
     )
 
 
-def write_random_model(directory: Path) -> Path:
-    """A random model with Nano's tokenizer, as a directory both servers can load."""
-    _, tokenizer = helpers.load("nano")
-    random_model(len(tokenizer)).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-async def compare(directory: Path, rounds: int, users: int, new_tokens: int) -> dict[str, float]:
-    """Medians over the rounds of everything measured."""
+def compare(directory: Path, rounds: int, users: int, new_tokens: int, threads: int) -> dict[str, list[float]]:
+    """Everything measured, round by round."""
     bench = Bench(directory, new_tokens)
-    measured: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as logs, ExitStack() as servers:
         ours, lesson = (
-            servers.enter_context(Server(directory, script=script, port=port, log_file=Path(logs) / name)).url
-            for name, script, port in (("ours", None, PORT), ("lesson", LESSON_SERVER, PORT + 1))
+            servers.enter_context(
+                Server(directory, script=script, port=port, log_file=Path(logs) / name, options=options)
+            ).url
+            for name, script, port, options in (
+                ("ours", None, PORT, ["--threads", threads]),
+                ("lesson", LESSON_SERVER, PORT + 1, [threads]),
+            )
         )
-        await bench.at_once(ours, users)  # warm-up
-        await bench.at_once(lesson, 2)
-        bench.plain(2)
-        for _ in range(rounds):
-            for figures in (
-                {"plain 1": bench.plain(users // 2)},
-                {"ours 1": await bench.one_by_one(ours, users // 2)},
-                await bench.at_once(lesson, users, "lesson"),
-                await bench.at_once(ours, users, "ours"),
-                {"lesson first": await bench.arriving(lesson, users, stream=False)},
-                {"ours first": await bench.arriving(ours, users, stream=True)},
-            ):
-                for name, value in figures.items():
-                    measured.setdefault(name, []).append(value)
-    return {name: statistics.median(values) for name, values in measured.items()}
+        figures = in_turns(
+            {
+                "plain": lambda _: {"1": bench.plain(users // 2)},
+                "ours": lambda _: asyncio.run(bench.all_of(ours, users, stream=True)),
+                "lesson": lambda _: asyncio.run(bench.all_of(lesson, users, stream=False)),
+            },
+            range(rounds + 1),
+            warm_up=True,
+        )
+    return {f"{side} {name}": [each[name] for each in found] for side, found in figures.items() for name in found[0]}
 
 
 class Bench:
@@ -129,15 +120,20 @@ class Bench:
         return sum(len(self.tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts) / seconds
 
     def plain(self, count: int) -> float:
-        """Tokens a second of `model.generate`, one after another, greedy."""
+        """Tokens a second of `model.generate`, one after another, greedy, as pieces of text."""
         options = {"do_sample": False, "repetition_penalty": 1.05, "eos_token_id": [2, 13], "pad_token_id": 0}
         options |= {"temperature": None, "top_p": None, "top_k": None}
         start, texts = time.perf_counter(), []
         for prompt in self.prompts[:count]:
-            inputs = self.encode(prompt)
-            output = self.model.generate(**inputs, max_new_tokens=self.new_tokens, **options)
-            texts.append(self.tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.model.generate(**self.encode(prompt), streamer=streamer, max_new_tokens=self.new_tokens, **options)
+            texts.append("".join(streamer))
         return self.rate([text.strip() for text in texts], time.perf_counter() - start)
+
+    async def all_of(self, url: str, users: int, stream: bool) -> dict[str, float]:
+        """What a server is asked in a round; one user only if it streams."""
+        alone = {"1": await self.one_by_one(url, users // 2)} if stream else {}
+        return alone | await self.at_once(url, users) | {"first": await self.arriving(url, users, stream)}
 
     async def one_by_one(self, url: str, count: int) -> float:
         """Tokens a second of a server with one user, greedy and streamed."""
@@ -150,14 +146,14 @@ class Bench:
             seconds += took
         return self.rate(texts, seconds)
 
-    async def at_once(self, url: str, users: int, name: str = "") -> dict[str, float]:
+    async def at_once(self, url: str, users: int) -> dict[str, float]:
         """Tokens a second with that many users, and the 99th percentile of /health meanwhile."""
         work = asyncio.create_task(ask_all(url, self.prompts[:users], max_length=self.max_length))
         delays = await health_delays(url, until=work)
         answers, seconds = await work
         return {
-            f"{name} {users}": self.rate([answer.text for answer in answers], seconds),
-            f"{name} health": percentile_99(delays),
+            str(users): self.rate([answer.text for answer in answers], seconds),
+            "health": percentile_99(delays),
         }
 
     async def arriving(self, url: str, users: int, stream: bool) -> float:
@@ -173,13 +169,13 @@ def percentile_99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
 
 
-def add_rows(model: str, figures: dict[str, float], users: int, rows: list, ratios: dict) -> None:
+def add_rows(model: str, figures: dict[str, list[float]], users: int, rows: list, ratios: dict) -> None:
     """One row and one ratio a question."""
 
     def add(question: str, theirs: str, ours: str, unit: str, more_is_better: bool = True) -> None:
         a, b = figures[theirs], figures[ours]
-        rows.append([model, question, f"{a:,.3g} {unit}", f"{b:,.3g} {unit}"])
-        ratios[f"{model}: {question}"] = b / a if more_is_better else a / b
+        rows.append([model, question, *(f"{statistics.median(side):,.3g} {unit}" for side in (a, b))])
+        ratios[f"{model}: {question}"] = Ratio.of(b, a) if more_is_better else Ratio.of(a, b)
 
     add("1 user, against plain generate", "plain 1", "ours 1", "tokens/s")
     add(f"{users} users at once, against the lesson", f"lesson {users}", f"ours {users}", "tokens/s")

@@ -21,7 +21,8 @@ import torch
 import typer
 from support.original_steps import OriginalSteps
 from support.random_model import random_model
-from support.report import JsonFile, Quick, publish
+from support.report import JsonFile, Quick, Threads, publish
+from support.rounds import Ratio, in_turns
 from transformers import DynamicCache
 
 VOCABULARY = 4096
@@ -39,13 +40,11 @@ def main(
     repetitions: Annotated[int, typer.Option(min=3)] = 7,
     prompt_tokens: Annotated[int, typer.Option(min=8)] = 512,
     new_tokens: Annotated[int, typer.Option(min=8)] = 32,
-    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice.")] = 0,
+    threads: Threads = 0,
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
     """Print tokens a second of both sides and their ratio."""
-    if threads:
-        torch.set_num_threads(threads)
     if quick:
         repetitions, prompt_tokens, new_tokens = 5, 128, 16
     rows, ratios = [], {}
@@ -78,18 +77,14 @@ def compare(name: str, model, repetitions: int, prompt_tokens: int, new_tokens: 
     sides = {"original": OriginalSteps(model), "native": native(model)}
     if model.dtype == torch.float32:
         assert_same(sides, ids, new_tokens)
-    seconds = {side: {phase: [] for phase in PHASES} for side in sides}
-    for repetition in range(repetitions + 1):
-        for side in sorted(sides, reverse=repetition % 2 == 1):
-            *times, _ = write(sides[side], ids, new_tokens)
-            for phase, took in zip(PHASES, times):
-                seconds[side][phase] += [took] if repetition else []  # the first is the warm-up
+    timed = {side: lambda _, step=step: write(step, ids, new_tokens)[:2] for side, step in sides.items()}
+    seconds = in_turns(timed, range(repetitions + 1), warm_up=True)
     dtype = str(model.dtype).removeprefix("torch.")
-    for phase, tokens in zip(PHASES, (prompt_tokens, new_tokens - 1)):
-        original, ours = seconds["original"][phase], seconds["native"][phase]
+    for number, (phase, tokens) in enumerate(zip(PHASES, (prompt_tokens, new_tokens - 1))):
+        original, ours = ([times[number] for times in seconds[side]] for side in ("original", "native"))
         rates = (f"{tokens / statistics.median(times):,.1f}" for times in (original, ours))
         rows.append([name, dtype, phase, *rates])
-        ratios[f"{name} {dtype}: {phase}"] = statistics.median(a / b for a, b in zip(original, ours))
+        ratios[f"{name} {dtype}: {phase}"] = Ratio.of(original, ours)
 
 
 def native(model) -> Callable:

@@ -11,11 +11,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from support.report import publish
+from support.report import JsonFile, Quick, publish
+from support.rounds import ROUNDS, Ratio, in_turns
 
 CLASSES = "AutoConfig, AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM, TokenizersBackend"
 COMMANDS = {
@@ -27,18 +27,14 @@ IMPORT_BOUND, HELP_BOUND = 0.3, 1.0  # seconds: helpers beyond transformers; the
 
 
 def main(
-    repetitions: Annotated[int, typer.Option(min=3)] = 11,
-    quick: Annotated[bool, typer.Option(help="Fewer repetitions.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
+    repetitions: Annotated[int, typer.Option(min=ROUNDS)] = 11,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Print the seconds of each."""
-    repetitions = 3 if quick else repetitions
-    for command in COMMANDS.values():
-        seconds(command)  # the files come from the disk only once
-    measured = {name: [] for name in COMMANDS}
-    for repetition in range(repetitions):
-        for name in sorted(COMMANDS, reverse=repetition % 2 == 1):
-            measured[name].append(seconds(COMMANDS[name]))
+    repetitions = ROUNDS if quick else repetitions
+    commands = {name: lambda _, command=command: seconds(command) for name, command in COMMANDS.items()}
+    measured = in_turns(commands, range(repetitions + 1), warm_up=True)  # the files come from the disk only once
     median = {name: statistics.median(values) for name, values in measured.items()}
     added = statistics.median(h - t for h, t in zip(measured["helpers"], measured["transformers"]))
     publish(
@@ -51,11 +47,11 @@ def main(
             ["python -m helpers --help", f"{median['--help']:.2f}", f"{HELP_BOUND}"],
         ],
         ratios={
-            "import helpers, against transformers alone": median["transformers"] / median["helpers"],
-            "--help, against its bound": HELP_BOUND / median["--help"],
+            "import helpers, against transformers alone": Ratio.of(measured["transformers"], measured["helpers"]),
+            "--help, against its bound": Ratio.of([HELP_BOUND] * repetitions, measured["--help"]),
         },
         setting=f"medians of {repetitions} fresh processes",
-        json_file=json,
+        json_file=json_file,
     )
 
 

@@ -23,6 +23,7 @@ import torch
 import typer
 from sentencepiece import SentencePieceProcessor
 from support.report import JsonFile, Quick, publish
+from support.rounds import Ratio, in_turns
 from transformers import AutoTokenizer
 
 import helpers
@@ -50,8 +51,11 @@ def main(
     publish(
         "我们的 tokenizer 比 SentencePiece 快吗？How fast is our tokenizer against SentencePiece?",
         ["task", "SentencePiece, tokens/s", "ours, tokens/s"],
-        [[task, *(f"{tokens / took:,.0f}" for took in sides.values())] for task, sides in seconds.items()],
-        ratios={task: sides["theirs"] / sides["ours"] for task, sides in seconds.items()},
+        [
+            [task, *(f"{tokens / statistics.median(took):,.0f}" for took in sides.values())]
+            for task, sides in seconds.items()
+        ],
+        ratios={task: Ratio.of(sides["theirs"], sides["ours"]) for task, sides in seconds.items()},
         setting=f"{len(texts):,} prompts of {tokens / len(texts):.0f} tokens, {Path(directory).name}'s vocabulary, "
         f"medians of {repetitions}",
         json_file=json_file,
@@ -89,20 +93,22 @@ def tasks(tokenizer, pieces, texts: list[str], ids: list[list[int]], threads: in
     }
 
 
-def measure(tasks: dict[str, dict[str, Callable]], repetitions: int) -> dict[str, dict[str, float]]:
-    """Median seconds of every task on both sides."""
-    medians = {}
+def measure(tasks: dict[str, dict[str, Callable]], repetitions: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every task on both sides, round by round."""
+    seconds = {}
     for task, sides in tasks.items():
         theirs, ours = (side() for side in sides.values())  # warm-up
         assert theirs == ours, f"{task}: the two sides differ"
-        seconds = {side: [] for side in sides}
-        for repetition in range(repetitions):
-            for side in sorted(sides, reverse=repetition % 2 == 1):
-                start = time.perf_counter()
-                sides[side]()
-                seconds[side].append(time.perf_counter() - start)
-        medians[task] = {side: statistics.median(values) for side, values in seconds.items()}
-    return medians
+        timed = {side: lambda _, do=do: time_of(do) for side, do in sides.items()}
+        seconds[task] = in_turns(timed, range(repetitions))
+    return seconds
+
+
+def time_of(do: Callable) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    do()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402 - the backend comes first: there is no screen
+from support.rounds import Ratio, load_note  # noqa: E402
 
 BEGIN, END = "<!-- figures of make bench: begin -->", "<!-- figures of make bench: end -->"
 RUN = "run_all.json"
@@ -82,15 +83,18 @@ def describe(result: dict) -> str:
 
 
 def ratio_table(results: dict[str, dict], runs: dict[str, dict]) -> list[str]:
-    """Every ratio, a row each; scripts that failed or were not run say so."""
-    lines = ["| script | compared | ratio | good |", "|---|---|---:|---|"]
+    """Every ratio, a row each; scripts that failed or were not run say so, and those on a busy machine."""
+    lines = ["| script | compared | ratio | lowest – highest | good |", "|---|---|---:|---:|---|"]
     for name in sorted(results.keys() | runs.keys()):
         link = f"[`{name}.py`]({name}.py)"
         if (status := runs.get(name, {}).get("status", "ok")) != "ok":
-            lines.append(row([link, f"**{status}**", "", ""]))
+            lines.append(row([link, f"**{status}**", "", "", ""]))
         result = results.get(name, {"ratios": {}})
-        for compared, ratio in result["ratios"].items():
-            lines.append(row([link, compared, f"{ratio:.2f}x", GOOD[result["better"]]]))
+        if result["ratios"] and (note := load_note(**result["load"])):
+            link += f" ({note})"
+        for compared, figures in result["ratios"].items():
+            ratio = Ratio(**figures)
+            lines.append(row([link, compared, ratio.verdict(result["better"]), ratio.spread, GOOD[result["better"]]]))
             link = ""
     return lines
 
@@ -100,7 +104,8 @@ def details(name: str, result: dict, run: dict) -> list[str]:
     took = f" ({run['seconds']:.0f} s)" if run else ""
     summary = f"<details><summary><code>{name}.py</code>{took}: {result['question']}</summary>"
     table = [row(result["columns"]), "|---" * len(result["columns"]) + "|", *map(row, result["rows"])]
-    return [summary, "", result["setting"], "", *table, "", "</details>", ""]
+    about = "; ".join(filter(None, [result["setting"], load_note(**result["load"])]))
+    return [summary, "", about, "", *table, "", "</details>", ""]
 
 
 def row(cells: list[str]) -> str:
@@ -122,26 +127,28 @@ def draw_ratios(results: dict[str, dict], file: Path) -> None:
     figure, axes = plt.subplots(len(panels), figsize=size, height_ratios=heights, squeeze=False, layout="constrained")
     for axis, (title, found) in zip(axes[:, 0], panels.items()):
         names, ratios = zip(*found)
-        axis.barh(names, [ratio - 1 for ratio in ratios], left=1, color="#4878a8")
+        spread = [[r.median - r.lowest for r in ratios], [r.highest - r.median for r in ratios]]
+        axis.barh(names, [ratio.median - 1 for ratio in ratios], left=1, color="#4878a8", xerr=spread, ecolor="#888888")
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
-        axis.set_xlim(min(0.5, *ratios) / 1.3, max(2, *ratios) * 1.6)
+        lowest, highest = min(ratio.lowest for ratio in ratios), max(ratio.highest for ratio in ratios)
+        axis.set_xlim(min(0.5, lowest) / 1.3, max(2, highest) * 1.6)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
         axis.invert_yaxis()
         axis.tick_params(labelsize=8)
         axis.set_title(title, loc="left", fontsize=10)
         for position, ratio in enumerate(ratios):
-            end = max(ratio, 1) * 1.03
-            axis.text(end, position, f"{ratio:.2f}x", va="center", fontsize=8)
+            end = max(ratio.highest, 1) * 1.03
+            axis.text(end, position, f"{ratio.median:.2f}x", va="center", fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def bars(results: dict[str, dict], better: str) -> list[tuple[str, float]]:
+def bars(results: dict[str, dict], better: str) -> list[tuple[str, Ratio]]:
     """(label, ratio) of the scripts whose ratios are good in that sense."""
     return [
-        (english(f"{name}: {compared}"), ratio)
+        (english(f"{name}: {compared}"), Ratio(**ratio))
         for name, result in results.items()
         if result["better"] == better
         for compared, ratio in result["ratios"].items()

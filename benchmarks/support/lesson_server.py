@@ -1,8 +1,9 @@
 """The original lesson's server, about as it stands there: one character, one request at a time, on the event loop.
 
-The only change: `model.chat` of the remote code, which no longer runs, is written out with `model.generate`.
+Changed: `model.chat` of the remote code, which no longer runs, is written out with `model.generate`; and what a request does
+not say is taken from the model's own settings, as our server does.
 
-    python benchmarks/support/lesson_server.py MODEL_DIR PORT
+    python benchmarks/support/lesson_server.py MODEL_DIR PORT [THREADS]
 """
 
 import datetime
@@ -14,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 
 import helpers
+from helpers.chat.generation import GenerationParameters, model_defaults
 
 app = FastAPI()
 
@@ -24,8 +26,9 @@ def chat(prompt, history, max_length, top_p, temperature):
     inputs = tokenizer.apply_chat_template(
         messages, session_meta=session_meta, add_generation_prompt=True, return_tensors="pt"
     )
-    options = {"max_length": max_length, "top_p": top_p, "temperature": temperature, "top_k": 100}
-    outputs = model.generate(**inputs, do_sample=True, repetition_penalty=1.05, eos_token_id=[2, 13], **options)
+    options = {"max_length": max_length, "top_p": top_p, "temperature": temperature, "top_k": defaults.top_k}
+    options |= {"repetition_penalty": defaults.repetition_penalty, "eos_token_id": [2, 13]}
+    outputs = model.generate(**inputs, do_sample=True, **options)
     response = tokenizer.decode(outputs[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     return response, [*history, [prompt, response]]
 
@@ -53,5 +56,6 @@ async def health():
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]) if len(sys.argv) > 3 else torch.get_num_threads())
     model, tokenizer = helpers.load(sys.argv[1])
+    defaults = GenerationParameters.check(model_defaults(model))
     session_meta = helpers.get_character("苏梦远")
     uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning", workers=1)

@@ -1,4 +1,4 @@
-"""llama.cpp's server on one thread, in this process: `xllamacpp` is a prebuilt wheel of it (requirements-dev.txt)."""
+"""llama.cpp's server in this process: `xllamacpp` is a prebuilt wheel of it (requirements-dev.txt)."""
 
 import math
 import subprocess
@@ -11,15 +11,15 @@ CONTEXT = 2048
 
 
 class LlamaServer:
-    """A GGUF file, ready to answer."""
+    """A GGUF file, ready to answer; `context` tokens are shared out to `parallel` users."""
 
-    def __init__(self, file: Path, context: int = CONTEXT):
+    def __init__(self, file: Path, context: int = CONTEXT, parallel: int = 1, threads: int = 1):
         import xllamacpp
 
         settings = xllamacpp.CommonParams()
-        settings.model.path, settings.n_ctx, settings.n_parallel = str(file), context, 1
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-        settings.verbosity = 0
+        settings.model.path, settings.n_ctx, settings.n_parallel = str(file), context, parallel
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        settings.use_jinja, settings.verbosity = True, 0
         self.server = xllamacpp.Server(settings)
         self.client = httpx.Client(base_url=self.server.listening_address, timeout=600, trust_env=False)
 

@@ -1,8 +1,12 @@
 """A model with random weights: how long something takes does not depend on what the weights say."""
 
+import shutil
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.model.loading import NANO_DIR
 from helpers.model.modeling import CharacterGLMConfig
 
 SHAPE = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10}
@@ -19,3 +23,12 @@ def random_model(vocabulary: int, **shape: int):
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def save_random_model(folder: Path, dtype: torch.dtype = torch.float32, **shape: int) -> Path:
+    """A directory of a random model with Nano's tokenizer, which everything that reads a model directory can load."""
+    vocabulary = CharacterGLMConfig.from_pretrained(NANO_DIR).vocab_size
+    random_model(vocabulary, **shape).to(dtype).save_pretrained(folder)
+    for file in NANO_DIR.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder

@@ -1,5 +1,6 @@
 """What a reply is generated with, checked, and how its tokens become text while they come."""
 
+import codecs
 import math
 from collections.abc import Iterable, Iterator
 
@@ -7,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import GenerationConfig
 
 from ..errors import ChatError, did_you_mean
-from ..model.tokenization import NEWLINE_ID, piece_bytes
+from ..model.tokenization import NEWLINE_ID
 from .compat import has_own_generation_config
 
 EOS_ID = 2
@@ -99,17 +100,17 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.text, self._bytes = tokenizer, "", b""
+        self.tokenizer, self.text, self._whole = tokenizer, "", ""
+        self._special = frozenset(tokenizer.all_special_ids)
+        # It keeps the bytes of an unfinished character until the others come, and drops what can be none.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
 
     def add(self, token_ids: list[int]) -> str:
         """Take in the next ids and return the whole text so far, which always begins with the text before."""
         end = next((i for i, token in enumerate(token_ids) if token in STOP_IDS), len(token_ids))
-        for token in token_ids[:end]:
-            piece = self.tokenizer.convert_ids_to_tokens(token)  # None: an id that only pads the vocabulary
-            if piece is not None and token not in self.tokenizer.all_special_ids:
-                self._bytes += piece_bytes(piece)
-        # The tokenizer's own decoder would give up a whole run of byte tokens for one that is not complete.
-        self.text = self._bytes.decode("utf-8", errors="ignore").strip()
+        new = (self.tokenizer.token_bytes(token) for token in token_ids[:end] if token not in self._special)
+        self._whole += self._utf8.decode(b"".join(new))
+        self.text = self._whole.strip()
         return self.text
 
 

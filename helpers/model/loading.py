@@ -29,6 +29,8 @@ modeling.register()
 tokenization.register()
 # PEFT 0.21 asks for a property by the name it had before transformers 5.23: nothing that a reader could change.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+# On a CPU with AVX512-BF16, bitsandbytes (which PEFT imports too) asks for a package whose kernel would come from a hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class ChatGLMTokenizer(TokenizersBackend):
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], **kwargs):
         self._tokenizer = build_backend(vocab, merges)
+        self._bytes: dict[int, bytes] = {}  # of the ids decoded so far
         # Old settings files spell these differently; the family has one fixed set.
         for name in ("unk_token", "bos_token", "eos_token", "pad_token", "additional_special_tokens", "auto_map"):
             kwargs.pop(name, None)
@@ -104,8 +105,23 @@ class ChatGLMTokenizer(TokenizersBackend):
         return text.removeprefix(" ") if tokens and tokens[0] and tokens[0].startswith("▁") else text
 
     def _decode(self, token_ids, skip_special_tokens=False, **kwargs):
-        token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        return self.convert_tokens_to_string(self.convert_ids_to_tokens(token_ids, skip_special_tokens))
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        if skip_special_tokens:
+            special = set(self.all_special_ids)
+            ids = [token for token in ids if token not in special]
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        begins_with_space = ids and (self._tokenizer.id_to_token(ids[0]) or "").startswith("▁")
+        return text.removeprefix(" ") if begins_with_space else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token stands for; none if the id only pads the model's vocabulary."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            piece = self._tokenizer.id_to_token(token_id)
+            if piece is None:
+                return b""
+            found = self._bytes[token_id] = piece_bytes(piece)
+        return found
 
     def apply_chat_template(self, conversation, *args, session_meta=None, tokenizer_kwargs=None, **kwargs):
         """As in transformers, with `session_meta=` (a dict or a `SessionMeta`) and the `[gMASK] <sop>` prefix.

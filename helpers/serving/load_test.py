@@ -35,7 +35,7 @@ async def ask(client: httpx.AsyncClient, prompt: str, stream: bool = False, **pa
         response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {") and (choices := json.loads(line[6:])["choices"]):
-                text += choices[0]["delta"].get("content", "")
+                text += choices[0]["delta"].get("content") or ""  # other servers begin with null
                 if text and first is None:
                     first = time.perf_counter() - start
     total = time.perf_counter() - start

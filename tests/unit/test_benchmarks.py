@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from support.report import JsonFile, Quick, publish
+from support.rounds import Ratio
 
 def main(quick: Quick = False, json_file: JsonFile = None) -> None:
     assert quick
     publish(
-        "问题 question?", ["what", "a|b"], [["[one]", "1 s"]], ratios={"ours 比 theirs": 2.5}, setting="short",
+        "问题 question?", ["what", "a|b"], [["[one]", "1 s"]], setting="short",
+        ratios={"ours 比 theirs": Ratio(2.5, 2.0, 3.0), "one 比 other": Ratio(1.1, 0.9, 1.2)},
         json_file=json_file, chart={"x": "turn", "y": "seconds", "lines": {"ours": [1.0, 2.0]}},
     )
 
@@ -66,8 +68,65 @@ def ran(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     (folder / "results" / "quick").mkdir(parents=True)
     (folder / "results" / "quick" / "a_fails.json").write_text('{"of": "an earlier run"}', encoding="utf-8")
     command = [sys.executable, str(folder / "run_all.py")]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "BENCHMARK_LOAD": "1000"}
     return folder, subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def rounds(support):
+    """benchmarks/support/rounds.py as a module."""
+    return importlib.import_module("support.rounds")
+
+
+def test_a_ratio_is_of_rounds_and_has_its_spread(rounds) -> None:
+    ratio = rounds.Ratio.of([2.0, 9.0, 4.0, 8.0], [1.0, 3.0, 1.0, 4.0])
+    assert (ratio.median, ratio.lowest, ratio.highest) == (2.5, 2.0, 4.0)
+    assert (ratio.verdict("above 1"), ratio.spread) == ("2.50x", "2.00 – 4.00")
+    with pytest.raises(ValueError, match="2 rounds"):
+        rounds.Ratio.of([1.0, 1.0], [1.0, 1.0])
+    with pytest.raises(ValueError):
+        rounds.Ratio.of([1.0] * 3, [1.0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "better", "verdict"),
+    [
+        (0.8, 1.5, "above 1", "no difference seen"),
+        (0.8, 1.5, "below 1", "no difference seen"),
+        (1.0, 1.5, "above 1", "no difference seen"),
+        (1.01, 1.5, "above 1", "1.20x"),
+        (0.5, 0.9, "above 1", "1.20x"),
+        (0.8, 1.5, "at 1", "1.20x"),
+        (0.8, 1.5, "neither", "1.20x"),
+    ],
+)
+def test_rounds_that_disagree_decide_nothing(rounds, lowest, highest, better, verdict) -> None:
+    assert rounds.Ratio(1.2, lowest, highest).verdict(better) == verdict
+
+
+def test_sides_take_turns_in_going_first(rounds) -> None:
+    order = []
+    sides = {name: lambda item, name=name: order.append(name) or f"{name}{item}" for name in "abc"}
+    assert rounds.in_turns(sides, "123") == {side: [f"{side}{item}" for item in "123"] for side in "abc"}
+    assert "".join(order) == "abccbaabc"
+    assert rounds.in_turns(sides, "12", warm_up=True) == {"a": ["a2"], "b": ["b2"], "c": ["c2"]}
+
+
+def test_lora_rounds_have_long_and_short_rows(support) -> None:
+    lora = importlib.import_module("lora")
+    rows = [{"input_ids": [0] * length} for length in range(1, 402)]
+    chosen = lora.representative(rows, 5)
+    assert [len(batch) for batch in chosen] == [lora.BATCH] * 5
+    lengths = [len(row["input_ids"]) for batch in chosen for row in batch]
+    assert sum(lengths) / len(lengths) == pytest.approx(201, abs=3)
+    assert min(lengths) < 50 and max(lengths) > 350
+
+
+@pytest.mark.parametrize(
+    ("average", "note"), [(2.6, "loaded at start: 2.6 processes on 2 cores"), (2.0, ""), (0.1, "")]
+)
+def test_a_machine_that_was_busy_is_named_so(rounds, average, note) -> None:
+    assert rounds.load_note(average, 2) == note
 
 
 def readme() -> str:
@@ -125,13 +184,20 @@ def test_what_is_published_comes_out_as_json_and_as_a_table(ran) -> None:
     assert (result["question"], result["rows"], result["ratios"]) == (
         "问题 question?",
         [["[one]", "1 s"]],
-        {"ours 比 theirs": 2.5},
+        {
+            "ours 比 theirs": {"median": 2.5, "lowest": 2.0, "highest": 3.0},
+            "one 比 other": {"median": 1.1, "lowest": 0.9, "highest": 1.2},
+        },
     )
     assert result["threads"] == 1 and result["device"]["name"] and result["versions"]["torch"] and result["time_utc"]
-    assert "ours 比 theirs: 2.50x" in done.stdout and "[one]" in done.stdout
+    assert "ours 比 theirs: 2.50x (2.00 – 3.00)" in done.stdout and "[one]" in done.stdout
+    assert "one 比 other: no difference seen (0.90 – 1.20)" in done.stdout
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| [`b_works.py`](b_works.py) | ours 比 theirs | 2.50x | > 1 |" in text
+    busy = f"loaded at start: 1000.0 processes on {os.cpu_count()} cores"
+    assert f"| [`b_works.py`](b_works.py) ({busy}) | ours 比 theirs | 2.50x | 2.00 – 3.00 | > 1 |" in text
+    assert "|  | one 比 other | no difference seen | 0.90 – 1.20 | > 1 |" in text
+    assert f"short; {busy}" in text
     assert "| what | a\\|b |\n|---|---|\n| [one] | 1 s |" in text
     assert result["device"]["name"] in text and result["time_utc"][:10] in text
     for chart in ("ratios", "b_works"):

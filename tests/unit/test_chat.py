@@ -20,11 +20,19 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import helpers
 from helpers.characters.dialogues import load_dialogues
 from helpers.chat.fitting import build_turns, encode_prompt, fit_turns
-from helpers.chat.generation import GenerationParameters, decode_growing, decode_reply, model_defaults
+from helpers.chat.generation import (
+    STOP_IDS,
+    GenerationParameters,
+    StreamDecoder,
+    decode_growing,
+    decode_reply,
+    model_defaults,
+)
 from helpers.chat.reply import Reply
 from helpers.errors import BusyError, CharacterError, ChatError
 from helpers.model.kv_cache import PromptCache, common_prefix_length
 from helpers.model.loading import NANO_DIR
+from helpers.model.tokenization import piece_bytes
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "compact"
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -348,6 +356,24 @@ def test_any_tokens_at_all_give_growing_valid_text(nano):
         assert texts[-1] == decode_reply(tokenizer, ids)
         assert not any("\ufffd" in text for text in texts)
         "".join(texts).encode("utf-8")
+
+
+def test_a_stream_gives_the_text_of_all_its_bytes(nano):
+    """However the ids are cut: half characters, control tokens and ids without a piece among them."""
+    model, tokenizer = nano
+    rng, special = random.Random(0), set(tokenizer.all_special_ids)
+    emoji = [token for text in NOT_ASCII for token in text_ids(tokenizer, text)]
+    pool = [*range(3, 259), *special, *emoji * 3, *range(300, 500), len(tokenizer), model.config.vocab_size - 1]
+    pool = [token for token in pool if token not in STOP_IDS]
+    for _ in range(200):
+        ids = rng.choices(pool, k=40)
+        pieces = tokenizer.convert_ids_to_tokens([token for token in ids if token not in special])
+        expected = b"".join(map(piece_bytes, filter(None, pieces))).decode("utf-8", errors="ignore").strip()
+        cuts = sorted(rng.sample(range(40), 5))
+        parts = [ids[start:end] for start, end in zip([0, *cuts], [*cuts, 40])]
+        decoder = StreamDecoder(tokenizer)
+        texts = [decoder.add(part) for part in parts]
+        assert texts[-1] == expected == decode_reply(tokenizer, ids)
 
 
 def test_control_tokens_and_padding_ids_are_not_shown(nano):

@@ -1,6 +1,8 @@
 """Weights in 8 and 4 bits: smaller, nearly as good, saved and loaded again unchanged, and a base for LoRA."""
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import bitsandbytes
@@ -112,10 +114,13 @@ def test_lora_learns_on_a_quantised_base(quantized, rows, tmp_path):
 def cpu_with_bfloat16(monkeypatch):
     """bitsandbytes as on a CPU with AVX512-BF16, where `Linear4bit` repacks its weights when it is used for inference.
 
-    Feature detection says yes, and the repacking is bitsandbytes' own (plain torch). Replaced is only the kernel that
-    multiplies with repacked weights, as it needs that CPU's instructions. It is registered where the native one is, so
-    that torch treats it alike: as an operation without gradients.
+    On such a CPU nothing is replaced. On others feature detection says yes, and the repacking is bitsandbytes' own (plain
+    torch); replaced is only the kernel that multiplies with repacked weights, as it needs that CPU's instructions. It is
+    registered where the native one is, so that torch treats it alike: as an operation without gradients.
     """
+    if bitsandbytes.functional.has_avx512bf16():
+        yield
+        return
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     kernels = torch.library.Library("bitsandbytes", "IMPL")
     kernels.impl("gemv_4bit", multiply_repacked, "CPU", allow_override=True)
@@ -170,6 +175,13 @@ def test_the_terminal_chats_with_a_quantised_model(capfd):
     assert (done.exit_code, len(done.stdout.splitlines())) == (0, 1), done.output
     # bitsandbytes would say it for every layer and token
     assert "MatMul8bitLt" not in done.output + "".join(capfd.readouterr())
+
+
+def test_no_advice_of_others_to_fetch_a_kernel():
+    """PEFT imports bitsandbytes, which on a CPU with AVX512-BF16 asks for `kernels`: native code from a hub."""
+    command = [sys.executable, "-c", "import helpers, bitsandbytes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "kernels" not in done.stdout + done.stderr
 
 
 def test_quantized_and_compiled_is_refused_by_the_command():

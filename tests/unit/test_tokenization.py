@@ -162,6 +162,7 @@ def test_decodes_any_tokens_like_sentencepiece(tokenizer, pieces):
             "\ufffd+", "\ufffd", pieces.decode(ids)
         )  # how many stand for a cut character is a matter of taste
         assert re.sub("\ufffd+", "\ufffd", tokenizer.decode(ids)) == expected, ids
+        assert tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) == tokenizer.decode(ids)
 
 
 def test_tokenizer_json_decodes_without_this_class(tokenizer):

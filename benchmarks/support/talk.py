@@ -1,0 +1,43 @@
+"""What the models of the benchmarks are asked, and a clock for what they answer."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from transformers.generation import BaseStreamer
+
+from helpers.characters.dialogues import load_dialogues
+from helpers.chat.fitting import encode_prompt
+
+CHARACTER = "苏梦远"
+
+
+def queries(character: str | None = None) -> list[str]:
+    """What real users say in the shipped dialogues, to one character or to all."""
+    dialogues = [dialogue for dialogue in load_dialogues() if character in (None, dialogue.card.bot_name)]
+    return [query for dialogue in dialogues for query, _ in dialogue.history if query]
+
+
+def prompts(tokenizer, count: int) -> list[list[int]]:
+    """The ids of the prompts for the last replies of the first dialogues."""
+    dialogues = load_dialogues()[:count]
+    return [encode_prompt(tokenizer, d.card, d.history[-1][0], d.history[:-1]) for d in dialogues]
+
+
+class Clock(BaseStreamer):
+    """Notes when tokens came, and how many."""
+
+    def __init__(self, read: Callable[[], float] = time.perf_counter) -> None:
+        self.read, self.ticks = read, []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt, then with new tokens."""
+        self.ticks.append((self.read(), value.numel()))
+
+    def end(self) -> None:
+        """Called by `generate` at the end."""
+
+    def speed(self) -> float:
+        """Tokens per second after the first new ones, which come from reading the prompt."""
+        (begin, _), *later = self.ticks[1:]
+        return sum(count for _, count in later) / (later[-1][0] - begin)
