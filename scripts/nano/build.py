@@ -1,6 +1,6 @@
 """Build CharacterGLM-Nano: tokenizer and weights from `data/dialogues/` and `data/everyday/`.
 
-    make nano                                                            # 153 minutes of CPU time, 89 minutes on two cores
+    make nano       # two rounds of this program, the second with --start on the weights of the first; hours of CPU time
     PYTHONPATH=scripts python -m nano.build --broad 200000 --focus 100000 --output-dir outputs/nano    # a quick trial
 
 Nano is a teaching stand-in for CharacterGLM-6B: the same architecture, file layout and prompt, a thousandth of the
@@ -20,6 +20,7 @@ import typer
 from original_layout import write_original_layout
 from transformers import AutoTokenizer, GenerationConfig
 
+import helpers
 from helpers import load_characters
 from helpers.characters.dialogues import load_dialogues
 from helpers.chat.generation import STOP_IDS
@@ -88,16 +89,25 @@ def main(
     focus: int = FOCUS_TOKENS,
     seed: int = 0,
     threads: int = 2,
+    bfloat16: Annotated[
+        bool, typer.Option(help="multiply in bfloat16: faster on CPUs with AMX, slower on others")
+    ] = False,
     checkpoints: Annotated[Path | None, typer.Option(help="keep the state of the training here, on the way")] = None,
+    start: Annotated[Path | None, typer.Option(help="begin with the weights and the tokenizer of this model")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on from such a state")] = None,
 ) -> None:
     """Train tokenizer and model and write them in CharacterGLM's original layout."""
-    start, cpu_start = time.perf_counter(), time.process_time()
+    began, cpu_began = time.perf_counter(), time.process_time()
     torch.set_num_threads(threads)
     work = output_dir.with_name(output_dir.name + ".partial")  # data/nano stays usable until the new one is complete
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     training, _ = prepare(work, seed, broad)
+    training.bfloat16 = bfloat16
+    if start:
+        first, _ = helpers.load(start)
+        weights = {name: weight for name, weight in first.state_dict().items() if name != "lm_head.weight"}
+        training.model.load_state_dict(weights, strict=False)  # the output matrix is the embedding
     if resume:
         training.restore(resume)
 
@@ -109,7 +119,7 @@ def main(
 
     print(f"{training.model.num_parameters():,} parameters")
     log = training.run(broad + focus, focus, on_log)
-    seconds = {"training_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    seconds = {"training_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu_began}
     write(
         training, work, {"parameters": training.model.num_parameters(), "tokens": training.read, **seconds, "log": log}
     )

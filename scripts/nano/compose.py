@@ -15,7 +15,7 @@ from .rows import Row, to_batch
 from .tokenizer import LineEncoder
 
 TOKENS_PER_BATCH = 6144
-LENGTHS = {512: 0.80, 256: 0.18, 1024: 0.02}  # of the rows of a batch, with the share of the batches
+LENGTHS = {256: 0.74, 512: 0.24, 1024: 0.02}  # of the rows of a batch, with the share of the batches
 KINDS = {"character": 0.79, "persona": 0.15, "duet": 0.06}  # of a row
 MANNERS = {
     "warm": "说话温柔。",
@@ -43,7 +43,11 @@ class Composer:
         self.names = Deck(list(self.cards), rng)
 
     def batches(self, broad_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of `TOKENS_PER_BATCH` tokens, rows of one length each; after `broad_tokens` focused, in half batches."""
+        """Batches of `TOKENS_PER_BATCH` tokens, rows of one length each.
+
+        Until `broad_tokens` all of a row is learnt, persona and user lines too, as language to know; after that, in
+        half batches, only what the character says.
+        """
         makers = {"character": self.character_row, "persona": self.persona_row, "duet": self.duet_row}
         size, read = TOKENS_PER_BATCH, 0
         while True:
@@ -52,7 +56,11 @@ class Composer:
                 size //= 2
             (length,) = self.rng.choices(list(LENGTHS), list(LENGTHS.values()))
             kinds = self.rng.choices(list(KINDS), list(KINDS.values()), k=size // length)
-            yield to_batch([makers[kind](length) for kind in kinds], length)
+            rows = [makers[kind](length) for kind in kinds]
+            if size == TOKENS_PER_BATCH:
+                for row in rows:
+                    row.learnt = range(len(row.ids) - 1)
+            yield to_batch(rows, length)
             read += size
 
     def focus(self) -> None:

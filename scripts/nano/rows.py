@@ -12,7 +12,7 @@ from .tokenizer import LineEncoder
 
 @dataclass
 class Row:
-    """Token ids of one prompt as it grows, and the positions whose next token is to be learnt."""
+    """Token ids of one prompt as it grows, and the positions whose next token is what the character says."""
 
     ids: list[int]
     learnt: list[int] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Row:
         if start + len(answer) > limit:
             return False
         self.ids += asked + name + answer
-        self.learnt += range(start - 1, start + len(answer) - 1)
+        self.learnt += range(start - len(name), start + len(answer) - 1)  # the name too: it can only be copied
         self.exchanges += 1
         return True
 

@@ -24,7 +24,7 @@ class Training:
         self.model, self.batches = model, batches
         self.optimizers = make_optimizers(model, matrix_rate, other_rate)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.read = 0
+        self.read, self.bfloat16 = 0, False
 
     def step(self, factor: float) -> float:
         """Learn one batch at `factor` of the learning rates; returns its loss."""
@@ -32,11 +32,13 @@ class Training:
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
-        loss = learnt_loss(self.model, ids, positions)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            loss = learnt_loss(self.model, ids, positions)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
-            optimizer.step()
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):  # the products inside Muon
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.read += ids.numel()
         return loss.item()

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from nano.compose import Composer
-from nano.everyday import EVERYDAY, Slots, held_out, read_rows
+from nano.everyday import EVERYDAY, Slots, held_out, read_rows, vary
 from nano.lookups import QUESTIONS
 from nano.personas import Personas
 from nano.rows import Row
@@ -122,13 +122,17 @@ def test_a_row_is_token_for_token_the_prompt_of_inference(tokenizer):
             dialogue.messages, session_meta=dialogue.card, return_assistant_tokens_mask=True
         )
         assert row.ids == expected["input_ids"]
-        assert [position + 1 for position in row.learnt] == [i for i, m in enumerate(expected["assistant_masks"]) if m]
+        learnt, mask = [position + 1 for position in row.learnt], expected["assistant_masks"]
+        assert {i for i, in_reply in enumerate(mask) if in_reply} <= set(learnt)
+        names = tokenizer.decode([row.ids[i] for i in learnt if not mask[i]])  # the name is learnt before each reply
+        assert names == f"{dialogue.card.bot_name}]" * len(dialogue.history)
 
 
 def test_rows_fit_their_length_and_are_the_same_for_the_same_seed(composer, tokenizer):
-    ids, positions = next(composer.batches(10**9))
-    assert ids.numel() == 6144 and 0.2 < len(positions) / ids.numel() < 0.7
-    assert (ids.flatten()[positions + 1] != 0).all()
+    for broad, size, least, most in ((10**9, 6144, 0.8, 1), (0, 3072, 0.2, 0.6)):
+        ids, positions = next(composer.batches(broad))
+        assert ids.numel() == size and least < len(positions) / size < most
+        assert (ids.flatten()[positions + 1] != 0).all()
     dialogues = [dialogue for dialogue in load_dialogues() if not dialogue.held_out]
     again = [next(Composer(LineEncoder(tokenizer), dialogues, random.Random(7)).batches(10**9))[0] for _ in range(2)]
     assert again[0].equal(again[1])
@@ -140,3 +144,9 @@ def test_focused_training_knows_one_reply_for_each_line(composer):
     for speaker, deck in composer.everyday.decks.items():
         assert len(deck.items) == len({intent for intent, _ in deck.items}) > 200
         assert all(first[speaker, intent] == text for intent, text in deck.items)
+
+
+def test_a_value_in_a_line_survives_its_variations():
+    lines = {vary("我今天吃了红烧肉", "李白", random.Random(seed), whole=True) for seed in range(200)}
+    assert len(lines) > 10 and all("红烧肉" in line for line in lines)
+    assert any("红烧肉" not in vary("我今天吃了红烧肉", "李白", random.Random(s), whole=False) for s in range(50))
