@@ -249,8 +249,7 @@ class WebChat:
     def _event(self, name: str, action: Callable, *inputs: gr.Component, **options) -> dict:
         """Arguments for a Gradio event: `action` with the tab and the values of `inputs`. Errors become a line.
 
-        A reply that begins is followed to its end. An action that draws for itself is an async generator.
-        """
+        A reply is followed to its end. An action that draws for itself is an async generator."""
 
         async def act(event: gr.EventData, tab, *values):
             try:
