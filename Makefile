@@ -53,6 +53,7 @@ lint: $(READY) ## ruff
 	$(VENV_PYTHON) -m ruff check .
 
 lab: $(READY) ## JupyterLab on 127.0.0.1 with a kernel that has everything
+	JUPYTER_CONFIG_PATH="$(CURDIR)/scripts/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 	$(VENV_PYTHON) -m jupyterlab --ServerApp.ip=127.0.0.1 $(ROOT_FLAG) \
 		--LabApp.default_url=/lab/tree/notebooks
 

@@ -24,6 +24,17 @@ class ChatError(HelpersError, ValueError):
     """A chat request cannot be answered: bad text, senseless parameters, or a prompt that does not fit."""
 
 
+class PromptTooLongError(ChatError):
+    """The persona and the last message alone leave no room for a reply.
+
+    `total`, `persona` and `context` are tokens: of the prompt, of the persona in it, and of what prompt and reply may have.
+    """
+
+    def __init__(self, message: str, total: int, persona: int, context: int):
+        super().__init__(message)
+        self.total, self.persona, self.context = total, persona, context
+
+
 class BusyError(HelpersError, RuntimeError):
     """The session is still writing a reply."""
 

@@ -29,6 +29,7 @@ from .personas import (
 
 CHAT_FORMAT = "characterglm-chat/1"  # of the conversations that `ChatSession.export` writes
 CARD_EXTENSION = "characterglm"  # where a card keeps what the format has no field for
+OURS = ("user_name", "user_info", "source", "openers", "face")  # what that is
 SPECS = {"chara_card_v2": "2.0", "chara_card_v3": "3.0"}
 # What the format requires and CharacterGLM's prompt has no place for.
 EMPTY_TEXTS = (
@@ -43,7 +44,7 @@ def export_card_v2(card: CharacterCard) -> dict:
     Source: https://github.com/malfoyslastname/character-card-spec-v2
     """
     empty = dict.fromkeys(EMPTY_TEXTS, "") | {"tags": [], "character_version": "1.0"}
-    ours = {"user_name": card.user_name, "user_info": card.user_info, "source": card.source}
+    ours = {name: getattr(card, name) for name in OURS}
     lines = [f"{{{{user}}}}: {query}\n{{{{char}}}}: {response}" for query, response in card.examples]
     examples = "".join(f"<START>\n{line}\n" for line in lines)
     written = {"name": card.bot_name, "description": card.bot_info, "first_mes": card.greeting}

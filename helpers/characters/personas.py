@@ -53,6 +53,8 @@ class CharacterCard(SessionMeta):
     greeting: Text = Field("", description="The character speaks first with this line, if it is not empty.")
     source: Text = Field("original", description="'original' or the public-domain work.")
     alternate_greetings: list[Text] = Field([], description="Other first lines.")
+    openers: list[Text] = Field([], description="First lines that are offered to the reader.")
+    face: Text = Field("", description="How a face is drawn for it, see `demo/faces.py`.")
     examples: list[Exchange] = Field([], description="[[query, response], ...]: how the character talks.")
 
 
@@ -95,7 +97,35 @@ def field_problems(error: ValidationError, whole: str) -> str:
     def place(parts: tuple) -> str:  # pydantic also names the types it has tried, which are no field's name
         return ".".join(str(part) for part in parts if isinstance(part, int) or part.isidentifier()) or whole
 
-    return "；".join(f"{place(e['loc'])}：{e['msg']}" for e in error.errors())
+    return "；".join(f"{place(e['loc'])}：{said(e)}" for e in error.errors())
+
+
+# What pydantic calls a problem: what a reader is told, with its own figures. Anything rarer keeps pydantic's English.
+PROBLEMS = {
+    "missing": "没有给 [required]",
+    "string_type": "应是一段文字 [not a text]",
+    "string_too_short": "不能是空的 [must not be empty]",
+    "string_pattern_mismatch": "不能只有空白 [must not be blank]",
+    "string_too_long": "最多 {max_length} 个字 [at most {max_length} characters]",
+    "too_short": "至少要有 {min_length} 项 [at least {min_length} items]",
+    "too_long": "最多 {max_length} 项 [at most {max_length} items]",
+    "list_type": "应是一个列表 [not a list]",
+    "dict_type": "应是一个对象 [not an object]",
+    "int_type": "应是整数 [not a whole number]",
+    "float_type": "应是数字 [not a number]",
+    "bool_type": "应是 true 或 false [true or false]",
+    "finite_number": "应是有限的数 [not finite]",
+    "greater_than": "应大于 {gt} [must be above {gt}]",
+    "greater_than_equal": "至少是 {ge} [at least {ge}]",
+    "less_than": "应小于 {lt} [must be below {lt}]",
+    "less_than_equal": "最多是 {le} [at most {le}]",
+}
+
+
+def said(problem: dict) -> str:
+    """One of pydantic's problems in the words of this project."""
+    known = PROBLEMS.get(problem["type"])
+    return known.format(**problem.get("ctx", {})) if known else problem["msg"]
 
 
 def read_json_object(file: Path) -> dict:

@@ -39,15 +39,24 @@ def stream_chat(model, tokenizer, session_meta, query, history=None, **generatio
 
 
 def make_reply(
-    model, tokenizer, session_meta, query, history, generation: dict, dropped: int = 0, cache=None, on_end=None
+    model,
+    tokenizer,
+    session_meta,
+    query,
+    history,
+    generation: dict,
+    dropped: int = 0,
+    cache=None,
+    on_end=None,
+    begun="",
 ) -> tuple[Reply, int]:
-    """A reply that has not been started, and how many of the oldest exchanges its prompt leaves out.
+    """A reply that has not been started, and how many of the oldest exchanges its prompt leaves out. It goes on from `begun`.
 
     Everything is checked here, before anything changes. Warns if more than `dropped` exchanges are left out.
     """
     parameters = parameters_for(model, generation)
     session_meta, context = as_session_meta(session_meta), context_limit(model, parameters)
-    turns = with_examples(session_meta, build_turns(query, history))
+    turns = with_examples(session_meta, build_turns(query, history, begun))
     fitted = fit_prompt(tokenizer, session_meta, turns, parameters, context, dropped)
     input_ids, now_dropped, max_new_tokens = fitted
     config = parameters.to_config(max_new_tokens)

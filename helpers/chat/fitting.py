@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cache
 
 from ..characters.dialogues import history_to_messages
-from ..errors import ChatError
+from ..errors import ChatError, PromptTooLongError
 from ..model.kv_cache import compiled_decoding
 from .generation import GenerationParameters
 
@@ -41,11 +41,12 @@ def check_text(text, where: str, may_be_empty: bool = False) -> str:
     return text
 
 
-def build_turns(query: str, history) -> list[list[dict]]:
-    """The chat messages of each exchange, and of the new query. Raises as `check_history`."""
+def build_turns(query: str, history, begun: str = "") -> list[list[dict]]:
+    """The chat messages of each exchange, and of the new query with what is `begun` of its reply. Raises as `check_history`."""
     check_history(history)
     question = {"role": "user", "content": check_text(query, "query")}
-    return [*(history_to_messages([entry]) for entry in history), [question]]
+    reply = [{"role": "assistant", "content": begun, "unfinished": True}] if begun.strip() else []
+    return [*(history_to_messages([entry]) for entry in history), [question, *reply]]
 
 
 def with_examples(session_meta, turns: list[list[dict]]) -> list[list[dict]]:
@@ -109,9 +110,10 @@ def fit_prompt(
     if room < min(parameters.max_new_tokens, MIN_REPLY_TOKENS):
         persona = len(encode_turns(tokenizer, session_meta, [[{"role": "user", "content": ""}]]))
         longer = "人设" if persona * 2 > len(input_ids) else "这句话，或去掉示例"
-        raise ChatError(
+        raise PromptTooLongError(
             f"人设和这句话太长 [prompt too long]：共 {len(input_ids)} 个 token（人设 {persona}，这句话和示例 "
-            f"{len(input_ids) - persona}；更早的对话已经略去），加上回复最多 {context}。请缩短{longer}"
+            f"{len(input_ids) - persona}；更早的对话已经略去），加上回复最多 {context}。请缩短{longer}",
+            *(len(input_ids), persona, context),
         )
     return input_ids, dropped, min(parameters.max_new_tokens, room)
 
@@ -125,3 +127,18 @@ def context_length(model) -> int:
 def context_limit(model, parameters: GenerationParameters) -> int:
     """How many tokens, prompt and reply together, model and parameters allow."""
     return min(parameters.max_length or context_length(model), context_length(model))
+
+
+def cut_persona(tokenizer, session_meta, tokens: int):
+    """`session_meta` with the ends of its texts cut off, the longer one's first, until it takes at most `tokens` in the prompt."""
+
+    def length(meta) -> int:
+        return len(encode_turns(tokenizer, meta, [[{"role": "user", "content": ""}]]))
+
+    for field in sorted(("bot_info", "user_info"), key=lambda name: -len(getattr(session_meta, name))):
+        text = getattr(session_meta, field)
+        cut = lambda kept: session_meta.model_copy(update={field: text[:kept]})  # noqa: B023, E731
+        # More text never makes a shorter prompt, so the longest beginning that fits can be found by bisection.
+        kept = bisect.bisect_right(range(len(text) + 1), tokens, key=lambda kept: length(cut(kept))) - 1
+        session_meta = cut(max(kept, 0))
+    return session_meta

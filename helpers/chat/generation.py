@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import GenerationConfig
 
+from ..characters.personas import said
 from ..errors import ChatError, did_you_mean
 from ..model.tokenization import NEWLINE_ID
 from .compat import has_own_generation_config
@@ -57,7 +58,7 @@ class GenerationParameters(BaseModel):
         try:
             checked = cls.model_validate(parameters)
         except ValidationError as error:
-            raise _invalid("；".join(f"{e['loc'][0]}={e['input']!r}：{e['msg']}" for e in error.errors())) from None
+            raise _invalid("；".join(f"{e['loc'][0]}={e['input']!r}：{said(e)}" for e in error.errors())) from None
         for name, value in parameters.items():  # pydantic checks only the fields it knows
             if isinstance(value, float) and not math.isfinite(value):
                 raise _invalid(f"{name}={value!r}：不是有限的数")

@@ -30,7 +30,8 @@ class ChatSession:
         GenerationParameters.check(generation)
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
         self._cache, self._lock = new_cache(model), threading.Lock()
-        self._writing: tuple[list, str, Reply] | None = None  # the last reply, what was said before it, and its query
+        # Of the last reply: what was said before it, its query, itself, and the text that it goes on from.
+        self._writing: tuple[list, str, Reply, str] | None = None
         self.session_meta = as_session_meta(session_meta)
         self.clear()
 
@@ -53,7 +54,7 @@ class ChatSession:
     def stop(self) -> None:
         """End the reply being written, within one token; what there is of it is kept. From any thread."""
         if self._writing is not None:
-            self._writing[-1].stop()
+            self._writing[2].stop()
 
     def regenerate(self, **generation) -> str:
         """Answer the last query again, in place of the last reply, and return the new one."""
@@ -68,18 +69,22 @@ class ChatSession:
             generation = {"seed": seed + len(self.alternatives), **generation}
         return self._begin(generation, again=True)
 
+    def begin_more(self, **generation) -> Reply:
+        """Let the last reply go on where it ends, by a token at least. As it was, it stays among the alternatives."""
+        return self._begin({"min_new_tokens": 1, **generation}, again=True, begun=self._last_exchange()[1])
+
     @property
     def draft(self) -> tuple[list, str, str] | None:
         """While a reply is written: the history before it, its query, and its text so far."""
-        if self._writing is None or not self._writing[-1].running:
+        if self._writing is None or not self._writing[2].running:
             return None
-        past, query, reply = self._writing
-        return past, query, decode_reply(self.tokenizer, reply.token_ids)
+        past, query, reply, begun = self._writing
+        return past, query, begun + decode_reply(self.tokenizer, reply.token_ids)
 
     @property
     def error(self) -> BaseException | None:
         """Why the last reply failed, until the conversation goes on or changes."""
-        return self._writing and self._writing[-1].error
+        return self._writing and self._writing[2].error
 
     @property
     def alternatives(self) -> list[str]:
@@ -110,13 +115,19 @@ class ChatSession:
             self._others = ([], [])
             return query
 
-    def edit(self, query: str | None = None, response: str | None = None) -> None:
-        """Change either side of the last exchange (of a greeting only the response). Other alternatives stay."""
+    def delete(self, index: int, following: bool = False) -> None:
+        """Take an exchange out of the history, and all `following` ones if so asked. The others go on as if it never was."""
         with self._changing():
-            if not self.history:
-                raise ChatError("还没有可以编辑的对话 [nothing to edit]")
-            old_query, old_response = self.history[-1] if query is None else self._last_exchange()
-            self.history[-1] = [
+            self._exchange(index)
+            if following or index == len(self.history) - 1:
+                self._others = ([], [])
+            del self.history[index : len(self.history) if following else index + 1]
+
+    def edit(self, query: str | None = None, response: str | None = None, index: int = -1) -> None:
+        """Change either side of an exchange, by default the last (of a greeting only the response). Alternatives stay."""
+        with self._changing():
+            old_query, old_response = self._exchange(index) if query is None else self._last_exchange(index)
+            self.history[index] = [
                 old_query if query is None else check_text(query, "query"),
                 old_response if response is None else check_text(response, "response"),
             ]
@@ -200,7 +211,7 @@ class ChatSession:
         session._others = (replies[:position], replies[position + 1 :])
         return session
 
-    def _begin(self, generation: dict, query="", again: bool = False) -> Reply:
+    def _begin(self, generation: dict, query="", again: bool = False, begun: str = "") -> Reply:
         with self._changing():
             if again:
                 query, _ = self._last_exchange()
@@ -209,24 +220,31 @@ class ChatSession:
 
             def record(reply: Reply) -> None:  # when it has ended, whether or not somebody reads it
                 self._others = (earlier, [])
-                self.history = [*past, [query, decode_reply(self.tokenizer, reply.token_ids)]]
+                self.history = [*past, [query, begun + decode_reply(self.tokenizer, reply.token_ids)]]
                 self.statistics = reply.statistics()
 
             about = (self.model, self.tokenizer, self.session_meta, query, past, {**self.generation, **generation})
-            reply, self.dropped_turns = make_reply(*about, self.dropped_turns, self._cache, record)
-            self._writing = past, query, reply
+            reply, self.dropped_turns = make_reply(*about, self.dropped_turns, self._cache, record, begun)
+            self._writing = past, query, reply, begun
             return reply.start()  # only now: a stop() must find the reply it is meant for
 
-    def _last_exchange(self) -> list[str]:
-        if not self.history or not self.history[-1][0]:
+    def _exchange(self, index: int) -> list[str]:
+        if not -len(self.history) <= index < len(self.history):
+            raise ChatError(
+                "没有这一轮对话 [no such exchange]" if self.history else "还没有可以编辑的对话 [nothing to edit]"
+            )
+        return self.history[index]
+
+    def _last_exchange(self, index: int = -1) -> list[str]:
+        if not self.history or not self._exchange(index)[0]:
             raise ChatError("还没有说过话 [no exchange yet]：先用 send 说一句")
-        return self.history[-1]
+        return self.history[index]
 
     @contextmanager
     def _changing(self):
         """Refuse at once while a reply is written: a second one, or an edit, would lose text."""
         with self._lock:
-            if self._writing is not None and self._writing[-1].running:
+            if self._writing is not None and self._writing[2].running:
                 raise BusyError("正在生成回复 [busy]：请等它结束，或先 stop()")
             self._writing = None
             yield

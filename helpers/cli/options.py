@@ -16,6 +16,10 @@ Password = Annotated[
     str | None,
     typer.Option(metavar="USER:PASSWORD", envvar="CHARACTERGLM_DEMO_PASSWORD", help="进入网页要的密码 [login]"),
 ]
+Proxy = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="前面有代理时，浏览器里的地址，见 docs/proxy.md [public address]"),
+]
 PAIR = {"metavar": "NAME VALUE", "parser": lambda words: words}  # Typer has no annotation for a list of pairs
 Pairs = list[Any] | None  # of (name, value), see PairCommand
 

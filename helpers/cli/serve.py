@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Host, ModelName, Password, Port
+from .options import Host, ModelName, Password, Port, Proxy
 
 ApiKey = Annotated[str | None, typer.Option(envvar="CHARACTERGLM_API_KEY", help="访问要带的 key [bearer token]")]
 Adapters = Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="LoRA adapter，可重复 [repeatable]")]
@@ -26,6 +26,7 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="请求里也可以这样叫这个模型；characterglm 总是可以 [one more name]")
     ] = None,
+    proxy: Proxy = None,
     cors_origin: Annotated[list[str] | None, typer.Option(help="允许哪些网页调用，可重复 [repeatable]")] = None,
     slots: Annotated[int, typer.Option(min=1, max=256, help="同时写多少条回复 [replies at once]")] = 16,
     queue_size: Annotated[int, typer.Option(min=0, help="再多少条排队，更多的得到 429 [waiting requests]")] = 48,

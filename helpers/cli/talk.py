@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Adapter, Compile, Host, ModelName, Password, Port, Quantization
+from .options import Adapter, Compile, Host, ModelName, Password, Port, Proxy, Quantization
 
 GENERATION = ("seed", "temperature", "top_p", "repetition_penalty", "max_new_tokens", "max_length", "do_sample")
 
@@ -45,10 +45,12 @@ def demo(
     port: Port = 6006,
     password: Password = None,
     insecure: Annotated[bool, typer.Option(help="没有密码也绑定 127.0.0.1 以外的地址 [no login needed]")] = False,
+    proxy: Proxy = None,
     language: Annotated[str, typer.Option(help="页面的语言，zh 或 en [language]")] = "zh",
 ) -> None:
     """聊天网页 [web page]"""
     from ..demo.web import serve
 
     loading = {"adapter": adapter, "quantization": quantization, "compile": compile}
-    serve(model, loading, host=host, port=port, password=password, insecure=insecure, language=language)
+    options = {"password": password, "insecure": insecure, "proxy": proxy, "language": language}
+    serve(model, loading, host=host, port=port, **options)

@@ -3,11 +3,13 @@
 import base64
 import html
 import mimetypes
+import re
 
 from ..characters.personas import SessionMeta
 from ..chat.session import ChatSession
-from .texts import meter_text
+from .texts import label, meter_text
 
+STAGE_DIRECTION = re.compile(r"（[^（）]*）|\*[^*\n]+\*")
 # JupyterLab's variables carry its theme; the second colour of each is for pages without them (GitHub, nbviewer).
 STYLE = """<style>
 .cg-message{padding:6px 10px;border-radius:10px;max-width:80%;width:fit-content;margin:3px 0;white-space:pre-wrap;
@@ -15,7 +17,10 @@ STYLE = """<style>
   font-family:var(--jp-ui-font-family,sans-serif),"Noto Sans CJK SC","PingFang SC","Microsoft YaHei",sans-serif}
 .cg-user{margin-left:auto;background:color-mix(in srgb,var(--jp-brand-color1,#1976d2) 25%,var(--jp-layout-color1,#fff))}
 .cg-bot{background:var(--jp-layout-color2,#eee)}
-.cg-name{font-size:12px;opacity:.7}
+.cg-name{font-size:12px;opacity:.75}
+.cg-message em{opacity:.8}
+.cg-narration{margin:3px auto;background:none;text-align:center}
+.cg-narration .cg-name{display:none}
 .cg-log{border:1px solid var(--jp-border-color2,#ccc);border-radius:4px;background:var(--jp-layout-color1,#fff)}
 .cg-log>*{flex:0 0 auto}
 .cg-small{font-size:12px;color:var(--jp-ui-font-color1,#333)}
@@ -27,12 +32,14 @@ STYLE = """<style>
 def bubbles(session_meta: SessionMeta, history: list[list[str]]) -> list[str]:
     """One bubble of HTML a message, oldest first; an empty query (a greeting) and an empty reply have none."""
     sides = (("user", session_meta.user_name), ("bot", session_meta.bot_name))
-    return [
-        f'<div class="cg-message cg-{side}"><div class="cg-name">{html.escape(name)}</div>{html.escape(text)}</div>'
-        for entry in history
-        for (side, name), text in zip(sides, entry)
-        if text
-    ]
+    return [bubble(side, name, text) for entry in history for (side, name), text in zip(sides, entry) if text]
+
+
+def bubble(side: str, name: str, text: str) -> str:
+    """One message; what is done rather than said, in （…） or *…*, is set apart, and in the middle if there is nothing else."""
+    said = STAGE_DIRECTION.sub(lambda found: f"<em>{found[0].strip('*')}</em>", html.escape(text))
+    narration = " cg-narration" if STAGE_DIRECTION.fullmatch(text.strip()) else ""
+    return f'<div class="cg-message cg-{side}{narration}"><div class="cg-name">{html.escape(name)}</div>{said}</div>'
 
 
 def notice(text: str, kind: str = "small") -> str:
@@ -44,7 +51,8 @@ def notice(text: str, kind: str = "small") -> str:
 def meter(session: ChatSession, language: str = "zh") -> str:
     """How full the context is, as a bar and in words, and how fast the last reply was."""
     used, limit = session.context_used()
-    return f'<progress value="{used}" max="{limit}"></progress> {notice(meter_text(session, language))}'
+    bar = f'<progress value="{used}" max="{limit}" aria-label="{label("context", language)}"></progress>'
+    return f"{bar} {notice(meter_text(session, language))}"
 
 
 def download_links(files: dict[str, bytes]) -> str:

@@ -43,8 +43,8 @@ def converse(
     first, second = as_session_meta(first), as_session_meta(second)
     _check(first, second, topic, turns)
     line = f"我们来聊聊{topic.strip()}吧。"
-    speaker = ChatSession(model, tokenizer, _facing(first, second, greeting=line), **generation)
-    listener = ChatSession(model, tokenizer, _facing(second, first), **generation)
+    speaker = ChatSession(model, tokenizer, facing(first, second, greeting=line), **generation)
+    listener = ChatSession(model, tokenizer, facing(second, first), **generation)
     lines = [(first.bot_name, line)]
     on_line(*lines[-1])
     for turn in range(turns):
@@ -61,6 +61,25 @@ def converse(
     return Duet(lines, "turns", speaker)
 
 
+def mirrored(session: ChatSession) -> tuple[ChatSession, str]:
+    """A session in which the model plays the user of `session`, and the line that it has to answer there."""
+    said = session.history
+    if not said or not said[-1][1]:
+        raise ChatError("还没有可以接的话 [nothing to answer]：先说一句")
+    before = [["", said[0][0]]] if said[0][0] else []
+    history = [*before, *([earlier[1] or "……", later[0]] for earlier, later in zip(said, said[1:]))]
+    meta = session.session_meta
+    me = {
+        "bot_name": meta.user_name,
+        "bot_info": meta.user_info,
+        "user_name": meta.bot_name,
+        "user_info": meta.bot_info,
+    }
+    mirror = ChatSession(session.model, session.tokenizer, SessionMeta(**me), **session.generation)
+    mirror.history = history
+    return mirror, said[-1][1]
+
+
 def _check(first: SessionMeta, second: SessionMeta, topic: str, turns: int) -> None:
     if not isinstance(topic, str) or not topic.strip():
         raise ChatError("缺少话题 [empty topic]：请写几个字，如“月亮”")
@@ -70,7 +89,7 @@ def _check(first: SessionMeta, second: SessionMeta, topic: str, turns: int) -> N
         raise ChatError(f"两个角色都叫{first.bot_name} [same name]：prompt 里分不清谁在说话，请改一个名字")
 
 
-def _facing(speaker: SessionMeta, other: SessionMeta, greeting: str = "") -> CharacterCard:
+def facing(speaker: SessionMeta, other: SessionMeta, greeting: str = "") -> CharacterCard:
     """The persona of `speaker` when the other one is the user."""
     me = {"bot_name": speaker.bot_name, "bot_info": speaker.bot_info, "greeting": greeting}
     return CharacterCard(user_name=other.bot_name, user_info=other.bot_info, **me)

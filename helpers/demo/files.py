@@ -1,7 +1,9 @@
 """The files in which a conversation or a character leaves one face of the demo and enters another."""
 
+import io
 import json
 import re
+import zipfile
 
 from ..characters.cards import export_card_png, export_card_v2, open_content
 from ..characters.personas import CharacterCard
@@ -19,8 +21,17 @@ EXPORTS = {
 
 def exported_files(session: ChatSession) -> dict[str, bytes]:
     """File name to content: the conversation as JSON and Markdown, its character as a card in JSON (V2) and PNG (V2 and V3)."""
-    name = re.sub(r"[^\w-]+", "_", session.session_meta.bot_name)
+    name = _safe(session.session_meta.bot_name)
     return {name + ending: export(session) for ending, export in EXPORTS.items()}
+
+
+def exported_all(sessions: dict[str, ChatSession]) -> bytes:
+    """All conversations by name as JSON, in one ZIP file."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, (name, session) in enumerate(sessions.items(), start=1):  # no two names become one
+            archive.writestr(f"{number:02d}_{_safe(name)}.json", _json(session.export()))
+    return file.getvalue()
 
 
 def exported_file(session: ChatSession, name: str) -> bytes:
@@ -44,6 +55,10 @@ def open_file(model, tokenizer, content: bytes, **generation) -> ChatSession:
     if isinstance(found, dict) and "bot_name" not in found:
         return ChatSession.restore(model, tokenizer, found)
     return ChatSession(model, tokenizer, found, **generation)
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w-]+", "_", name)
 
 
 def _card(session: ChatSession) -> CharacterCard:

@@ -10,7 +10,7 @@ from ..chat.reply import Reply
 from ..chat.session import ChatSession
 from ..errors import BusyError
 from .bubbles import STYLE, bubbles, download_links, meter
-from .conversations import Conversations, change_persona, edit_last
+from .conversations import Conversations, change_persona, edit_exchange
 from .files import exported_files
 from .texts import DOUBLE_CLICK_SECONDS, error_text
 from .view import PanelView
@@ -213,7 +213,7 @@ class ChatPanel:
         self.view.open_editor(*self.session.history[-1])
 
     def _save(self) -> None:
-        edit_last(self.session, self.view.query.value, self.view.response.value)
+        edit_exchange(self.session, self.view.query.value, self.view.response.value)
         self.view.close_editor()
         self.refresh()
 

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from ..characters.personas import MAX_FILE_BYTES
 from ..errors import HelpersError
 from ..model.loading import load
-from ..network import DEFAULT_PORT, is_loopback, listen
+from ..network import DEFAULT_PORT, BehindProxy, address, check_proxy, is_loopback, listen
 from .conversations import characters_with
 from .web_chat import WebChat
 from .web_view import HEAD, THEME
@@ -45,7 +45,7 @@ class WebDemo(AbstractContextManager):
     """A running page, in a thread of this process. `url` is where; `stop`, or leaving a `with`, ends it."""
 
     def __init__(self, app: FastAPI, listener: socket.socket):
-        self.url, self.port = _url(listener), listener.getsockname()[1]
+        self.url, self.port = address(listener), listener.getsockname()[1]
         self._server = _server(app)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="web demo", daemon=True)
         self._thread.start()
@@ -67,36 +67,50 @@ class WebDemo(AbstractContextManager):
 
 
 def launch(
-    model, tokenizer, *, host="127.0.0.1", port=DEFAULT_PORT, password=None, insecure=False, **options
+    model, tokenizer, *, host="127.0.0.1", port=DEFAULT_PORT, password=None, insecure=False, proxy=None, **options
 ) -> WebDemo:
     """Serve the page from this process, which goes on: a notebook's kernel keeps its model. `options` are for `mount`.
 
-    A `host` that other machines can reach needs a `password`, or `insecure`. Port 0 takes any free one.
+    A `host` that other machines can reach needs a `password`, or `insecure`. Port 0 takes any free one. `proxy` is the
+    address at which browsers reach the page behind a proxy, which then is the only one that works.
 
     Raises:
         HelpersError: the host needs a password, the port is taken, or as `mount`.
     """
     check_password(host, password, insecure)
-    app = mount(FastAPI(openapi_url=None), model, tokenizer, "/", password=password, **options)
+    app = mount(_app(proxy), model, tokenizer, "/", password=password, **options)
     return WebDemo(app, listen(host, port))
 
 
-def serve(model, loading: dict, *, host: str, port: int, password: str | None, insecure: bool, **options) -> None:
+def serve(
+    model,
+    loading: dict,
+    *,
+    host: str,
+    port: int,
+    password: str | None,
+    insecure: bool,
+    proxy: str | None = None,
+    **options,
+) -> None:
     """`python -m helpers demo`: load a model (`loading`: see `helpers.load`) and serve the page until Ctrl-C."""
     check_password(host, password, insecure)
+    app = _app(proxy)
     with listen(host, port) as listener:  # a taken port is said before the model is loaded, which may take a minute
         options["characters"] = characters_with(loading.get("adapter"))
-        app = mount(FastAPI(openapi_url=None), *load(model, **loading), "/", password=password, **options)
+        app = mount(app, *load(model, **loading), "/", password=password, **options)
         # In this thread, which so returns only when all is shut down: waiting for a `WebDemo` would not do, as in Python
         # 3.11 a `Thread.join` that Ctrl-C interrupts takes the thread for ended.
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after the end
-            print(f"网页已启动，Ctrl-C 停止 [serving]：{_url(listener)}", flush=True)
+            print(f"网页已启动，Ctrl-C 停止 [serving]：{proxy or address(listener)}", flush=True)
             _server(app).run([listener])
 
 
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+def _app(proxy: str | None) -> FastAPI:
+    app = FastAPI(openapi_url=None)
+    if proxy:
+        app.add_middleware(BehindProxy, url=check_proxy(proxy))
+    return app
 
 
 def _server(app: FastAPI) -> uvicorn.Server:

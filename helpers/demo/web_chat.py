@@ -5,78 +5,25 @@ has its own choice of the character. Replies go on when their page is closed; th
 """
 
 import asyncio
-import secrets
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 
 import gradio as gr
 
-from ..chat.fitting import context_length
+from ..characters.personas import SessionMeta
+from ..chat.fitting import context_length, context_limit, cut_persona
 from ..chat.reply import Reply
-from ..chat.session import ChatSession
-from ..errors import BusyError, ChatError, HelpersError
-from .bubbles import download_links
-from .conversations import Conversations, change_persona, edit_last
-from .files import exported_files
-from .texts import DOUBLE_CLICK_SECONDS, error_text
-from .web_view import WebView
+from ..errors import ChatError, HelpersError, PromptTooLongError
+from .bubbles import download_links, meter
+from .conversations import Conversations, change_persona, edit_exchange
+from .files import exported_all, exported_files
+from .texts import error_text, model_text
+from .web_duet import GROWING_SECONDS, go_on, propose, start
+from .web_view import WebView, within
+from .web_visitors import Tab, Visitors
 
-GROWING_SECONDS = 0.1  # a growing reply is drawn this often
 STREAM_SECONDS = 5.0  # how soon the server notices that a tab has been closed
-MAX_VISITORS = 500  # the least recently seen is forgotten
-MAX_CACHES = 8  # conversations that keep their KV cache: that of a 6B conversation of 2,000 tokens takes 57 MB
 HIDDEN = {"show_progress": "hidden", "api_visibility": "undocumented"}
-
-
-@dataclass
-class Tab:
-    """One tab of a browser: which of its conversations it shows, and what the clock has drawn of it."""
-
-    conversations: Conversations
-    name: str
-    drawn: object = None
-    followed: int = 0  # how many events are drawing a reply here
-    undone: float = float("-inf")  # when
-    sent: tuple[str, Reply] | None = None  # what was said last, until `_restore` has looked at it
-
-    @property
-    def session(self) -> ChatSession:
-        return self.conversations.sessions[self.name]
-
-
-class Visitors:
-    """Finds a browser's conversations again by the id it keeps; `make` makes those of a new one."""
-
-    def __init__(self, make: Callable[[], Conversations]):
-        self.make = make
-        self._visitors: OrderedDict[str, Conversations] = OrderedDict()  # least recently seen first
-        self._cached: OrderedDict[ChatSession, None] = OrderedDict()  # least recently used first
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> tuple[str, Conversations]:
-        """The conversations of this id; for an unknown one new ones and a new id, as nobody may choose their own."""
-        with self._lock:
-            if key not in self._visitors:
-                key = secrets.token_urlsafe(16)
-                self._visitors[key] = self.make()
-            self._visitors.move_to_end(key)
-            if len(self._visitors) > MAX_VISITORS:
-                self._visitors.popitem(last=False)
-            return key, self._visitors[key]
-
-    def keep_cache(self, session: ChatSession) -> None:
-        """Called with a session that writes: the ones used last keep their KV cache, the others give it back."""
-        with self._lock:
-            self._cached[session] = None
-            self._cached.move_to_end(session)
-            for oldest in list(self._cached)[:-MAX_CACHES]:
-                with suppress(BusyError):  # then it stays, until the next reply of somebody
-                    oldest.free_cache()
-                    del self._cached[oldest]
 
 
 class WebChat:
@@ -85,22 +32,45 @@ class WebChat:
     def __init__(self, model, tokenizer, characters, language: str, **generation):
         if language not in ("zh", "en"):
             raise HelpersError(f"没有这种语言 [unknown language]：{language!r}，可选 zh、en")
+        self.language = language
         self.visitors = Visitors(lambda: Conversations(model, tokenizer, characters, **generation))
         names = self.visitors.make().names  # wrong arguments are refused here
-        self.view = WebView(names, context_length(model), language)
+        self.view = WebView(names, context_length(model), language, model_text(model, language))
+        # What `data-do` can ask for: each takes the tab and `data-at`.
+        self.actions = {
+            "home": lambda tab, _: self.go(tab, tab.name, at_home=True),
+            "open": lambda tab, name: self.go(tab, tab.conversations.show(name)),
+            "new": lambda tab, _: self.go(tab, tab.conversations.new(self.card(tab))),
+            "branch": lambda tab, at: self.go(tab, tab.conversations.branch(tab.name, int(at))),
+            "drop": lambda tab, name: self.go(tab, tab.conversations.drop(name), at_home=True),
+            "say": lambda tab, at: self._send(tab, tab.session.session_meta.openers[int(at)]),
+            "regenerate": lambda tab, _: self.write(tab, tab.session.begin_again),
+            "continue": lambda tab, _: self.write(tab, tab.session.begin_more),
+            "previous": lambda tab, _: tab.session.swipe(-1),
+            "next": lambda tab, _: tab.session.swipe(1),
+            "edit": self._edit,
+            "delete": lambda tab, at: tab.session.delete(int(at)),
+            "cut": lambda tab, at: tab.session.delete(int(at), following=True),
+            "fit": self._fit,
+        }
         with self.view.blocks:
             self._connect()
 
     # --- drawing
 
-    def _draw(self, tab: Tab) -> dict:
+    def draw(self, tab: Tab) -> dict:
         problem = tab.session.error
-        return {**self.view.conversation(tab.session), **self.view.error(error_text(problem) if problem else "")}
+        return {**self.view.conversation(tab.session), **(self._say(problem) if problem else self.view.error(""))}
 
-    def _draw_all(self, tab: Tab) -> dict:
-        return {**self.view.settings(tab.name, tab.conversations.names, tab.session), **self._draw(tab)}
+    def draw_all(self, tab: Tab) -> dict:
+        settings = self.view.settings(tab.name, tab.session, tab.unapplied.get(tab.name))
+        return {**self.view.place(tab.at_home, tab.conversations), **settings, **self.draw(tab)}
 
-    async def _follow(self, tab: Tab) -> AsyncIterator[dict]:
+    def _say(self, error: BaseException) -> dict:
+        persona_is_longer = isinstance(error, PromptTooLongError) and error.persona * 2 > error.total
+        return self.view.error(error_text(error, self.language), can_fit=persona_is_longer)
+
+    async def follow(self, tab: Tab) -> AsyncIterator[dict]:
         """Draw a reply while it grows, for as long as the tab shows it."""
         session = tab.session
         tab.followed += 1
@@ -108,7 +78,7 @@ class WebChat:
             while (draft := session.draft) is not None and tab.session is session:
                 yield self.view.growing(session, draft)
                 await asyncio.sleep(GROWING_SECONDS)
-            yield self._draw(tab)
+            yield self.draw(tab)
         finally:
             tab.followed -= 1
 
@@ -116,32 +86,44 @@ class WebChat:
 
     async def _open(self, key: str) -> AsyncIterator[dict]:
         key, conversations = self.visitors.get(key)
-        tab = Tab(conversations, conversations.name)
+        tab = Tab(conversations, conversations.name, at_home=not conversations.visited)
         known = {self.view.visitor: key, self.view.tab: tab, self.view.clock: gr.Timer(active=True)}
-        yield {**known, **self._draw_all(tab)}
-        async for changes in self._follow(tab):
+        yield {**known, **self.draw_all(tab)}
+        async for changes in self.follow(tab):
             yield changes
 
-    def _send(self, tab: Tab, text: str) -> dict:
-        if not text.strip():  # the second click of two
-            return gr.skip()
-        tab.sent = text, tab.session.begin(text)
+    def go(self, tab: Tab, name: str, at_home: bool = False) -> dict:
+        """Show a conversation, or the gallery."""
+        tab.name, tab.at_home, tab.going_on = name, at_home, False
+        tab.conversations.visited = True
+        return self.draw_all(tab)
+
+    def card(self, tab: Tab) -> SessionMeta:
+        """The persona that a new conversation begins with: the one on show, as its card was."""
+        return tab.conversations.characters.get(tab.session.session_meta.bot_name, tab.session.session_meta)
+
+    def write(self, tab: Tab, begin: Callable[..., Reply], *text: str) -> Reply:
+        reply = begin(*text)
         self.visitors.keep_cache(tab.session)
-        return {self.view.box: "", **self._draw(tab)}
+        return reply
+
+    def _send(self, tab: Tab, text: str) -> dict:
+        twice = tab.clicked_twice("send", text)
+        if not text.strip() or (twice and tab.session.draft is not None):
+            return gr.skip()
+        tab.sent = text, self.write(tab, tab.session.begin, text)
+        return {self.view.box: "", **self.draw(tab)}
 
     def _restore(self, tab: Tab, text: str) -> dict:
         """Put what could not be answered back into the box, unless something new is written there."""
         (unsent, reply), tab.sent = tab.sent or ("", None), None
         return {self.view.box: text or unsent} if reply and reply.error else gr.skip()
 
-    def _regenerate(self, tab: Tab) -> None:
-        tab.session.begin_again()
-        self.visitors.keep_cache(tab.session)
-
-    def _pick(self, tab: Tab, name: str) -> dict:
-        tab.conversations.show(name)
-        tab.name = name
-        return self._draw_all(tab)
+    def _stop(self, tab: Tab) -> dict:
+        tab.going_on = False
+        for session in filter(None, (tab.session, tab.proposal)):
+            session.stop()
+        return {self.view.buttons["stop"]: gr.update(interactive=False)}  # whoever follows the reply draws the rest
 
     def _tick(self, tab: Tab) -> dict:
         """Draw what was said in another tab."""
@@ -154,86 +136,149 @@ class WebChat:
         return self.view.conversation(tab.session)
 
     def _undo(self, tab: Tab, text: str) -> dict:
-        before, tab.undone = tab.undone, time.monotonic()
-        if tab.undone - before < DOUBLE_CLICK_SECONDS:
+        if tab.clicked_twice("undo"):
             return gr.skip()
         query = tab.session.undo()
-        return {self.view.box: text or query, **self._draw(tab)}
+        return {self.view.box: text or query, **self.draw(tab)}
 
-    def _edit(self, tab: Tab) -> dict:
-        tab.session.edit()  # changes nothing, but refuses if there is nothing to edit
-        return self.view.editing(*tab.session.history[-1])
+    def _edit(self, tab: Tab, at: str) -> dict:
+        tab.edited = int(at)
+        tab.session.edit(index=tab.edited)  # changes nothing, but refuses if there is nothing to edit
+        return self.view.editing(*tab.session.history[tab.edited])
 
     def _save(self, tab: Tab, query: str, response: str) -> dict:
-        edit_last(tab.session, query, response)
-        return {self.view.editor: gr.update(visible=False), **self._draw(tab)}
+        edit_exchange(tab.session, query, response, tab.edited)
+        return {self.view.editor: gr.update(visible=False), **self.draw(tab)}
+
+    def _change(self, tab: Tab, *fields: str) -> dict:
+        """Keep a persona that is being changed until it is applied."""
+        tab.unapplied[tab.name] = fields
+        meta = tab.session.session_meta
+        if fields == tuple(getattr(meta, name, "") for name in self.view.persona):
+            del tab.unapplied[tab.name]
+        return self.view.unapplied(tab.name in tab.unapplied)
 
     def _apply(self, tab: Tab, *fields: str) -> dict:
         change_persona(tab.session, dict(tab.session.session_meta) | dict(zip(self.view.persona, fields)))
-        return self._draw_all(tab)
+        tab.unapplied.pop(tab.name, None)
+        return self.draw_all(tab)
+
+    def _fit(self, tab: Tab, _: str) -> dict:
+        """Cut the persona so that an exchange as long as the one that was refused has room, and a reply."""
+        session, parameters = tab.session, tab.session.parameters
+        limit = context_limit(session.model, parameters)
+        reserve = min(parameters.max_new_tokens, limit // 4) + limit // 4
+        session.set_persona(cut_persona(session.tokenizer, session.session_meta, limit - reserve))
+        tab.unapplied.pop(tab.name, None)
+        return self.draw_all(tab)
+
+    def _set(self, tab: Tab, name: str, value: float) -> dict:
+        """Change a parameter. What was typed is left alone: the next key may be on its way."""
+        try:
+            tab.session.set_generation(**{name: value})
+        except ChatError as error:
+            return {**self.view.parameters(tab.session), **self._say(error)}
+        return {self.view.meter: meter(tab.session, self.language), self.view.links: ""}  # they were of what was before
+
+    def _reset(self, tab: Tab) -> dict:
+        kept = {name: value for name, value in tab.session.generation.items() if name not in self.view.sliders}
+        tab.session.generation = {**kept, **tab.conversations.generation}
+        return {**self.view.parameters(tab.session), **self.draw(tab)}
+
+    def _rename(self, tab: Tab, name: str) -> dict:
+        tab.name = tab.conversations.rename(tab.name, name)
+        return self.draw_all(tab)
 
     def _export(self, tab: Tab) -> dict:
         return {self.view.links: download_links(exported_files(tab.session))}
 
+    def _export_all(self, tab: Tab) -> dict:
+        return {self.view.links: download_links({"conversations.zip": exported_all(tab.conversations.sessions)})}
+
     def _import(self, tab: Tab, content: bytes) -> dict:
-        tab.name = tab.conversations.open(content)
-        return self._draw_all(tab)
+        return self.go(tab, tab.conversations.open(content))
 
     # --- from the components to what they do
 
     def _connect(self) -> None:
         view = self.view
         components = [each for each in view.blocks.blocks.values() if isinstance(each, gr.Component)]
-        self._everything = [*components, view.editor]
+        self._everything = [*components, view.editor, view.home, view.chat, view.drawer]
         view.blocks.load(self._open, view.visitor, self._everything, api_name="open", **HIDDEN)
         view.blocks.load(_hold_stream, None, None, api_name="stream", **HIDDEN)
         sent = gr.on(
-            [view.box.submit, view.buttons["send"].click], **self._event("send", self._send, view.box, follow=True)
+            [view.box.submit, view.buttons["send"].click],
+            **self._event("send", self._send, view.box, trigger_mode="multiple"),
         )
         sent.then(**self._event("restore", self._restore, view.box))
-        # "multiple": the last pick may still be following a reply.
-        view.picker.input(**self._event("pick", self._pick, view.picker, follow=True, trigger_mode="multiple"))
-        view.buttons["regenerate"].click(**self._event("regenerate", self._regenerate, follow=True))
+        # "multiple": the last one may still be following a reply.
+        for part in (view.log, view.gallery, view.head, view.problem, view.talk):
+            part.act(**self._event("act", self._act, trigger_mode="multiple"))
         for name, action, *inputs in (
-            ("stop", lambda tab: tab.session.stop()),
-            ("previous", lambda tab: tab.session.swipe(-1)),
-            ("next", lambda tab: tab.session.swipe(1)),
+            ("stop", self._stop),
             ("undo", self._undo, view.box),
-            ("edit", self._edit),
+            ("impersonate", partial(propose, self), view.box),
             ("save", self._save, view.query, view.response),
             ("cancel", lambda tab: {view.editor: gr.update(visible=False)}),
-            ("clear", lambda tab: tab.session.clear()),
             ("apply", self._apply, *view.persona.values()),
+            ("reset", self._reset),
+            ("rename", self._rename, view.title),
             ("export", self._export),
+            ("export_all", self._export_all),
+            ("start", partial(start, self), view.other, view.topic),
+            ("go_on", partial(go_on, self)),
         ):
             view.buttons[name].click(**self._event(name, action, *inputs))
-        view.buttons["upload"].upload(**self._event("import", self._import, view.buttons["upload"]))
+        for upload in view.uploads:
+            upload.upload(**self._event("import", self._import, upload))
         for name, slider in view.sliders.items():
-            set_parameter = lambda tab, value, name=name: tab.session.set_generation(**{name: value})  # noqa: E731
-            slider.input(**self._event(name, set_parameter, slider, trigger_mode="always_last"))
+            set_parameter = lambda tab, value, name=name: self._set(tab, name, value)  # noqa: E731
+            slider.input(**self._event(name, set_parameter, slider, trigger_mode="always_last", js=within(slider)))
+        fields = view.persona.values()
+        changed = self._event("change", self._change, *fields, trigger_mode="always_last")
+        gr.on([each.input for each in fields], **changed)
         view.clock.tick(**self._event("tick", self._tick, queue=False))
 
-    def _event(self, name: str, action: Callable, *inputs: gr.Component, follow: bool = False, **options) -> dict:
-        """Arguments for a Gradio event: `action` with the tab and the values of `inputs`. Errors become a line."""
+    def _act(self, tab: Tab, event: gr.EventData) -> dict | None:
+        what, at = str(event._data.get("what")), str(event._data.get("at"))
+        if what not in self.actions or (what not in ("previous", "next") and tab.clicked_twice(what, at)):
+            return gr.skip()
+        done = self.actions[what](tab, at)
+        return done if isinstance(done, dict) else None
 
-        def act(tab, *values):
+    def _event(self, name: str, action: Callable, *inputs: gr.Component, **options) -> dict:
+        """Arguments for a Gradio event: `action` with the tab and the values of `inputs`. Errors become a line.
+
+        A reply is followed to its end. An action that draws for itself is an async generator."""
+
+        async def act(event: gr.EventData, tab, *values):
             try:
                 if tab is None:
                     raise ChatError("服务器重启过，这个页面过期了 [page expired]：请刷新页面")
-                changes = action(tab, *values)
-                return changes if isinstance(changes, dict) else self._draw(tab)
+                if tab.name not in tab.conversations.sessions:
+                    tab.name = tab.conversations.name
+                    yield self.draw_all(tab)
+                    raise ChatError("这段对话在别的标签页里改名或删除了 [conversation gone]")
+                done = action(tab, *values, *([event] if name == "act" else []))
+                if isinstance(done, AsyncIterator):
+                    async for changes in done:
+                        yield changes
+                    return
+                changes = done if isinstance(done, dict) else self.draw(tab)
+                yield changes
+                if (
+                    self.view.log in changes
+                ):  # neither refused nor empty; a reply may have ended, or failed, since it was drawn
+                    async for changes in self.follow(tab):
+                        yield changes
             except Exception as error:
-                return self.view.error(error_text(error))
+                yield self._say(error)
 
-        async def act_and_follow(tab, *values):
-            changes = act(tab, *values)
-            yield changes
-            if self.view.log in changes:  # neither refused nor empty
-                async for changes in self._follow(tab):
-                    yield changes
+        async def act_without_queue(tab, *values):  # Gradio runs no generators there
+            return await anext(act(None, tab, *values))
 
         return {
-            "fn": act_and_follow if follow else act,
+            "fn": act if options.get("queue", True) else act_without_queue,
             "inputs": [self.view.tab, *inputs],
             "outputs": self._everything,
             "api_name": name,

@@ -13,10 +13,13 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 
 from ..errors import HelpersError
+from ..network import BehindProxy, check_proxy
 from .errors import HANDLED, answer_error
 from .metrics import Metrics
 from .routes import router
 from .service import Service
+
+OPEN = {("GET", "/"), ("HEAD", "/health"), ("GET", "/health")}  # these say nothing that needs a key
 
 
 def create_app(
@@ -25,6 +28,7 @@ def create_app(
     adapters: dict | None = None,
     api_key: str | None = None,
     cors_origins: tuple[str, ...] = (),
+    proxy: str | None = None,
     log_text: bool = False,
     on_failure: Callable[[], None] = lambda: None,
     **engine_options,
@@ -36,6 +40,7 @@ def create_app(
         adapters: name to directory of LoRA adapters.
         api_key: if given, the API asks for it as a bearer token; `/health` and the documentation stay open.
         cors_origins: web pages of these origins may use the API; none by default.
+        proxy: the address at which browsers reach it behind a proxy, see `BehindProxy`.
         log_text: whether the log also holds what was said.
         on_failure: called if the model cannot be loaded.
         engine_options: slots, queue_size, context, cache_tokens, see `Engine`; served_model_name, see `Service`.
@@ -50,6 +55,8 @@ def create_app(
     app.include_router(router, dependencies=[Depends(key_check(api_key))])
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+    if proxy:
+        app.add_middleware(BehindProxy, url=check_proxy(proxy))
     for kind in HANDLED:
         app.add_exception_handler(kind, answer_error)
     return app
@@ -81,7 +88,7 @@ def key_check(api_key: str | None):
     bearer = HTTPBearer(auto_error=False, description="The key the server was started with, if it was.")
 
     async def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if api_key is None or request.url.path == "/health":
+        if api_key is None or (request.method, request["route"].path) in OPEN:
             return
         # In constant time: how long it takes says nothing about how much of the key was right.
         if given is None or not hmac.compare_digest(given.credentials.encode(), api_key.encode()):

@@ -1,12 +1,13 @@
 """The routes: `POST /` as in the original lesson, OpenAI's chat completions and models, health and metrics."""
 
+import html
 import json
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
 
 from fastapi import APIRouter, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.background import BackgroundTask
 
@@ -19,6 +20,16 @@ from .schemas import ChatRequest, Choice, Completion, ErrorBody, LessonRequest, 
 ERRORS = {status: {"model": ErrorBody} for status in ("4XX", 503)}  # with 4XX, FastAPI documents no 422 of its own
 MODEL = {"object": "model", "created": int(time.time()), "owned_by": "characterglm"}
 
+# For a person who opens the address in a browser. The links are relative: a proxy may have put a prefix before them.
+HOME = """<!doctype html><html lang="zh"><meta charset="utf-8"><title>CharacterGLM</title>
+<body style="font:16px/1.8 system-ui,sans-serif;max-width:36em;margin:3em auto;padding:0 1em;color-scheme:light dark">
+<h1>CharacterGLM</h1><p>这里是 API，模型：{model}，状态：{status} [an API for programs]</p><ul>{links}</ul></body></html>"""
+LINKS = {
+    "demo/": "聊天网页 [chat page]",
+    "docs": "每个接口的说明，可以试 [documentation]",
+    "health": "状态 [health]",
+}
+
 router = APIRouter(route_class=LimitedRoute)
 
 
@@ -29,6 +40,20 @@ async def lesson(body: LessonRequest, request: Request):
     response = await exchange.whole()
     history = [*(body.history or []), (body.prompt, response)]
     return LessonResponse(response=response, history=history, time=f"{datetime.now():%Y-%m-%d %H:%M:%S}")
+
+
+@router.get("/", include_in_schema=False)
+async def home(request: Request) -> HTMLResponse:
+    """Links, for a browser; a program that wants something else here has taken the wrong method."""
+    if "text/html" not in request.headers.get("accept", ""):
+        raise HTTPException(405, "Method Not Allowed", {"Allow": "POST"})
+    service, has_page = (
+        request.app.state.service,
+        any(getattr(route, "path", "") == "/demo" for route in request.app.routes),
+    )
+    links = {where: what for where, what in LINKS.items() if has_page or where != "demo/"}
+    items = "".join(f'<li><a href="{where}">{what}</a></li>' for where, what in links.items())
+    return HTMLResponse(HOME.format(model=html.escape(service.name), status=service.status, links=items))
 
 
 @router.post("/v1/chat/completions", response_model=Completion, responses=ERRORS)

@@ -20,7 +20,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import HelpersError
 from ..model.loading import load
-from ..network import DEFAULT_PORT, free_port, is_loopback, listen
+from ..network import DEFAULT_PORT, address, free_port, is_loopback, listen
 from ..paths import PROJECT_DIR
 from .app import create_app
 
@@ -89,10 +89,19 @@ def serve_here(model, host: str, port: int, grace_seconds: int, threads: int, ad
     app = create_app(model, on_failure=lambda: setattr(server, "should_exit", True), **app_options)
     if add_page is not None:
         add_page(app, model)
+    print_addresses(listener, app_options.get("proxy"), page=add_page is not None)
     server = uvicorn.Server(uvicorn_config(app, grace_seconds))
     server.run(sockets=[listener])
     if app.state.service.failure is not None:
         raise HelpersError(f"模型没有加载成功 [cannot load the model]：{app.state.service.failure}")
+
+
+def print_addresses(listener: socket.socket, proxy: str | None, page: bool) -> None:
+    """Say where to go, beside the log, which is for programs."""
+    url = proxy.rstrip("/") if proxy else address(listener)
+    print(f"服务 [serving]：{url}，Ctrl-C 停止；说明 [docs]：{url}/docs", flush=True)
+    if page:
+        print(f"聊天网页 [chat page]：{url}/demo/", flush=True)
 
 
 def uvicorn_config(app, grace_seconds: int) -> uvicorn.Config:

@@ -23,7 +23,6 @@ CHROMIUM_OPTIONS = [
     *("--disable-component-update", "--disable-sync"),
 ]
 PATIENCE = 30  # seconds until what must appear counts as missing: a busy machine takes many times its usual time
-LAB_SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 
 def find_browser() -> str:
@@ -80,8 +79,7 @@ def running_lab(folder: Path):
     port = free_port()
     environment = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
     environment |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
-    for plugin, values in LAB_SETTINGS.items():
-        write_setting(folder / "settings", plugin, values)
+    environment["JUPYTER_CONFIG_PATH"] = str(PROJECT_DIR / "scripts" / "jupyter")  # as `make lab`
     options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.open_browser=False"]
     options += ["--IdentityProvider.token=", "--allow-root", "--ServerApp.port_retries=0"]
     with (folder / "lab.log").open("w") as log:

@@ -1,5 +1,6 @@
 """The web page in a real browser, on CharacterGLM-Nano, as a visitor would use it."""
 
+import base64
 import json
 import os
 import time
@@ -43,7 +44,28 @@ def chat(page, url):
 
 def open_page(page, url):
     page.goto(url)
-    expect(page.locator("#log .cg-message").first).to_be_visible(timeout=60_000)
+    card(page, "苏梦远").click(timeout=60_000)
+    expect(page.locator("#log .cg-message").first).to_be_visible()
+
+
+def card(page, name):
+    """The character in the gallery."""
+    return page.locator(f'#gallery .cg-card[data-at="{name}"]').last
+
+
+def tool(page, name):
+    """A button of the last message that has it."""
+    return page.locator(f'#log [data-do="{name}"]').last
+
+
+def settings(page, part):
+    """Open the drawer, and this part of it, unless they are."""
+    if page.locator(".sidebar.open").count() == 0:
+        page.locator(".sidebar .toggle-button").click()
+    expect(page.locator(f"#{part}")).to_be_visible()
+    button = page.locator(f"#{part} > button, #{part} button.label-wrap").first
+    if "open" not in (button.get_attribute("class") or "").split():
+        button.click()
 
 
 def ready(page):
@@ -115,16 +137,16 @@ def test_stop_regenerate_swipe_undo(chat):
     cut = texts(chat)[-1]
     chat.wait_for_timeout(700)
     assert texts(chat)[-1] == cut
-    chat.locator("#regenerate").click()
+    tool(chat, "regenerate").click()
     expect(chat.locator("#draft .cg-bot")).to_be_visible()
     ready(chat)
     whole = texts(chat)[-1]
     assert whole.startswith(cut) and len(whole) > len(cut)
     expect(chat.locator("#position")).to_have_text("2/2")
-    chat.locator("#previous").click()
+    tool(chat, "previous").click()
     expect(chat.locator("#position")).to_have_text("1/2")
     assert texts(chat)[-1] == cut
-    chat.locator("#next").click()
+    tool(chat, "next").click()
     expect(chat.locator("#position")).to_have_text("2/2")
     assert texts(chat)[-1] == whole
     chat.locator("#undo").dblclick()
@@ -154,10 +176,75 @@ def test_next_message_can_be_typed_during_a_reply(chat):
 
 
 @pytest.mark.slow
+def test_by_keyboard(chat):
+    box(chat).fill("一")
+    box(chat).press("Shift+Enter")
+    box(chat).press_sequentially("二")
+    expect(box(chat)).to_have_value("一\n二")
+    box(chat).press("Enter")
+    expect(chat.locator("#draft .cg-bot")).to_be_visible()
+    box(chat).press("Enter")
+    box(chat).press_sequentially("三")
+    box(chat).press("Enter")
+    expect(chat.locator("#problem")).to_contain_text("按“停止”")
+    box(chat).press("Escape")
+    ready(chat)
+    box(chat).fill("")
+    box(chat).press("ArrowUp")
+    expect(box(chat, "query")).to_have_value("一\n二")
+
+
+@pytest.mark.slow
+def test_what_a_slider_shows_is_in_force(chat):
+    settings(chat, "parameters")
+    for typed, shown in (("5", "2"), ("-1", "0.05"), ("0.7", "0.7")):
+        box(chat, "temperature").fill(typed)
+        box(chat, "temperature").press("Enter")
+        box(chat, "temperature").blur()
+        expect(box(chat, "temperature")).to_have_value(shown)
+        assert exported(chat)["temperature"] == float(shown)
+    chat.locator("#reset").click()
+    expect(box(chat, "temperature")).not_to_have_value("0.7")
+    assert "temperature" not in exported(chat), "the model's own"
+
+
+def exported(page):
+    """The parameters that the server has, from the file it makes of the conversation."""
+    settings(page, "files")
+    page.wait_for_timeout(1000)  # what was typed is on its way
+    page.locator("#export").click()
+    page.wait_for_timeout(1000)
+    link = page.locator("#links a", has_text=".json").first
+    expect(link).to_be_visible()
+    data = link.get_attribute("href").split("base64,")[1]
+    return json.loads(base64.b64decode(data))["generation"]
+
+
+@pytest.mark.slow
+def test_gallery(page, url):
+    page.goto(url)
+    expect(page.locator("#gallery .cg-card")).to_have_count(14, timeout=60_000)
+    keep_screenshot(page, "gallery")
+    page.locator(".cg-search").fill("金箍棒")
+    expect(page.locator("#gallery .cg-card:visible")).to_have_count(1)
+    page.locator("#gallery .cg-card:visible").click()
+    expect(page.locator("h1:visible")).to_have_text("孙悟空")
+    opener = page.locator(".cg-openers button").first
+    text = opener.inner_text()
+    opener.click()
+    expect(page.locator("#log .cg-message")).to_have_count(3)
+    assert texts(page)[1] == text
+    page.on("dialog", lambda dialog: dialog.accept())
+    tool(page, "cut").click()
+    expect(page.locator("#log .cg-message")).to_have_count(1)
+    assert page.console_errors == []
+
+
+@pytest.mark.slow
 def test_edit_and_clear(chat):
     say(chat, "你好")
     ready(chat)
-    chat.locator("#edit").click()
+    tool(chat, "edit").click()
     expect(box(chat, "query")).to_have_value("你好")
     box(chat, "query").fill("早上好")
     box(chat, "response").fill("早！")
@@ -165,13 +252,14 @@ def test_edit_and_clear(chat):
     expect(chat.locator("#log .cg-message").last).to_contain_text("早！")
     assert texts(chat)[1:] == ["早上好", "早！"]
     expect(box(chat, "query")).to_be_hidden()
-    chat.locator("#clear").click()
+    chat.locator("#head [data-do=new]").click()
     expect(chat.locator("#log .cg-message")).to_have_count(1)
 
 
 @pytest.mark.slow
 def test_character_persona_and_parameters(chat):
     say(chat, "你好")
+    settings(chat, "parameters")
     box(chat, "temperature").fill("1.5")  # moved while the reply is written
     box(chat, "temperature").press("Enter")
     ready(chat)
@@ -179,6 +267,8 @@ def test_character_persona_and_parameters(chat):
     assert len(before) == 3
     pick(chat, "孙悟空")
     assert texts(chat) == [helpers.get_character("孙悟空").greeting]
+    settings(chat, "persona")
+    keep_screenshot(chat, "drawer")
     box(chat, "bot_name").fill("")
     chat.locator("#apply").click()
     expect(chat.locator("#problem")).to_contain_text("invalid persona")
@@ -189,13 +279,14 @@ def test_character_persona_and_parameters(chat):
     assert texts(chat) == ["俺来也！"]
     pick(chat, "苏梦远")
     assert texts(chat) == before
+    settings(chat, "parameters")
     expect(box(chat, "temperature")).to_have_value("1.5")
 
 
 def pick(page, name):
-    page.get_by_role("combobox", name="角色").click()
-    page.get_by_role("option", name=name, exact=True).click()
-    expect(page.locator("#bot_name textarea, #bot_name input").first).to_have_value(name)
+    page.locator("#head [data-do=home]").click()
+    card(page, name).click()
+    expect(page.locator("#head h1")).to_have_text(name)
 
 
 @pytest.mark.slow
@@ -203,11 +294,11 @@ def test_export_and_import(chat, tmp_path):
     say(chat, "你好")
     ready(chat)
     before = texts(chat)
-    chat.locator("#files button").first.click()
+    settings(chat, "files")
     chat.locator("#export").click()
     saved = {name: download(chat, name, tmp_path) for name in ("苏梦远.json", "苏梦远.md", "苏梦远_card.png")}
     assert json.loads(saved["苏梦远.json"].read_text("utf-8"))["history"][1][0] == "你好"
-    chat.locator("#clear").click()
+    chat.locator("#head [data-do=new]").click()
     expect(chat.locator("#log .cg-message")).to_have_count(1)
     upload(chat, saved["苏梦远.json"])
     expect(chat.locator("#log .cg-message")).to_have_count(3)
@@ -231,6 +322,7 @@ def upload(page, file):
 
 @pytest.mark.slow
 def test_attack_does_nothing(chat):
+    settings(chat, "persona")
     for name in ("bot_info", "user_info", "greeting"):
         box(chat, name).fill(ATTACK)
     box(chat, "bot_name").fill("<b>名</b>")
@@ -238,7 +330,7 @@ def test_attack_does_nothing(chat):
     expect(chat.locator("#log .cg-name")).to_have_text("<b>名</b>")
     say(chat, ATTACK)
     ready(chat)
-    chat.locator("#edit").click()
+    tool(chat, "edit").click()
     box(chat, "response").fill(ATTACK)
     chat.locator("#save").click()
     expect(chat.locator("#log .cg-message").last).to_contain_text("onerror")
@@ -254,7 +346,7 @@ def test_a_tab_keeps_its_stream(chat):
     opened = []
     chat.on("request", lambda request: opened.append(request.url) if "/queue/data" in request.url else None)
     for _ in range(2):
-        chat.locator("#edit").click()
+        tool(chat, "edit").click()
         expect(box(chat, "response")).to_be_visible()
         chat.locator("#cancel").click()
         expect(box(chat, "response")).to_be_hidden()
@@ -315,7 +407,7 @@ def test_password_is_asked_for(page, nano):
         page.locator("input").first.fill("reader")
         page.locator("input[type=password]").fill("secret")
         page.keyboard.press("Enter")
-        expect(page.locator("#log .cg-message").first).to_be_visible(timeout=60_000)
+        expect(page.locator("#gallery .cg-card").first).to_be_visible(timeout=60_000)
     assert page.outside_requests == []
 
 
@@ -330,11 +422,11 @@ def test_looks(page, url, name, width, scheme):
     for text in ("你好呀，小苏", "最近在忙什么？"):
         say(page, text)
         ready(page)
-    page.locator("#regenerate").click()
+    tool(page, "regenerate").click()
     expect(page.locator("#draft .cg-bot")).to_be_visible()
     ready(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out at the side"
-    for button in ("send", "stop", "regenerate", "undo", "clear"):
+    for button in ("send", "stop", "undo", "impersonate"):
         left, right = page.locator(f"#{button}").evaluate(
             "e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right]"
         )

@@ -68,6 +68,7 @@ def test_notebook_01_runs_in_jupyterlab(lab, page):
     assert "[陆星辰] 你好呀，小苏" in outputs
     assert not page.outside_requests, page.outside_requests
     assert not page.console_errors, page.console_errors
+    assert page.get_by_text("Jupyter news").count() == 0, "nothing pops up"
 
 
 def test_prompt_xray_escapes_what_the_user_writes(page):

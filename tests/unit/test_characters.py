@@ -373,7 +373,9 @@ def test_cards_of_sillytavern(file):
 
 
 def test_round_trip_through_sillytavern_changes_nothing():
-    assert helpers.import_card(CLIENTS / "st119_sumengyuan_roundtrip.png") == helpers.get_character("苏梦远")
+    then = {"openers": [], "face": ""}  # cards had none when the file was made
+    card = helpers.get_character("苏梦远").model_copy(update=then)
+    assert helpers.import_card(CLIENTS / "st119_sumengyuan_roundtrip.png") == card
 
 
 def test_a_picture_without_a_card():

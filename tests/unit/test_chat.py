@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import helpers
 from helpers.characters.dialogues import load_dialogues
-from helpers.chat.fitting import build_turns, encode_prompt, fit_turns
+from helpers.chat.fitting import build_turns, cut_persona, encode_prompt, encode_turns, fit_turns
 from helpers.chat.generation import (
     STOP_IDS,
     GenerationParameters,
@@ -29,7 +29,7 @@ from helpers.chat.generation import (
     model_defaults,
 )
 from helpers.chat.reply import Reply
-from helpers.errors import BusyError, CharacterError, ChatError
+from helpers.errors import BusyError, CharacterError, ChatError, PromptTooLongError
 from helpers.model.kv_cache import PromptCache, common_prefix_length
 from helpers.model.loading import NANO_DIR
 from helpers.model.tokenization import piece_bytes
@@ -706,6 +706,69 @@ def test_undo_returns_the_query(session, card):
     session.send("你好")
     assert session.undo() == "你好"
     assert session.history == [["", card.greeting]]
+
+
+def test_any_exchange_can_be_edited_and_deleted(session, card):
+    session.history += [["一", "甲"], ["二", "乙"], ["三", "丙"]]
+    session.edit(query="壹", index=1)
+    session.delete(2)
+    assert session.history == [["", card.greeting], ["壹", "甲"], ["三", "丙"]]
+    session.delete(1, following=True)
+    assert session.history == [["", card.greeting]]
+    with pytest.raises(ChatError, match="no such exchange"):
+        session.delete(1)
+
+
+def test_deleting_an_earlier_exchange_keeps_the_alternatives_of_the_last(session):
+    session.send("一")
+    session.send("二")
+    session.regenerate(temperature=2.0)
+    both = session.alternatives
+    session.delete(1)
+    assert session.alternatives == both and session.history[-1][0] == "二"
+    session.delete(1)
+    assert session.alternatives == [session.history[-1][1]], "only the greeting is left"
+
+
+def test_a_reply_goes_on_where_it_ends(nano, session, generated):
+    model, tokenizer = nano
+    with says(model, text_ids(tokenizer, "我们")):
+        session.send("唱什么？")
+    with says(model, text_ids(tokenizer, "一起唱歌")):
+        reply = session.begin_more()
+        reply.wait()
+    assert reply.error is None
+    assert session.history[-1] == ["唱什么？", "我们一起唱歌"]
+    assert session.alternatives == ["我们", "我们一起唱歌"]
+    assert tokenizer.decode(reply.input_ids).endswith("]我们"), "no newline between what there was and what comes"
+
+
+def test_a_reply_cannot_go_on_before_there_is_one(session):
+    with pytest.raises(ChatError, match="no exchange yet"):
+        session.begin_more()
+
+
+@pytest.mark.parametrize("longer", ["bot_info", "user_info"])
+def test_cut_persona_fits_and_wastes_nothing(nano, longer):
+    tokenizer = nano[1]
+
+    def length(meta):
+        return len(encode_turns(tokenizer, meta, [[{"role": "user", "content": ""}]]))
+
+    meta = helpers.SessionMeta(
+        **{"bot_name": "甲", "bot_info": "爱哭。", "user_name": "乙", longer: "爱写诗，也爱唱歌。" * 200}
+    )
+    cut = cut_persona(tokenizer, meta, 300)
+    assert 290 < length(cut) <= 300
+    assert getattr(meta, longer).startswith(getattr(cut, longer)) and cut.user_name == "乙"
+    assert cut_persona(tokenizer, cut, 300) == cut
+
+
+def test_a_prompt_that_is_too_long_says_by_how_much(nano, card):
+    with pytest.raises(PromptTooLongError, match="prompt too long") as caught:
+        helpers.chat(*nano, card.model_copy(update={"bot_info": "长" * 9000}), "你好")
+    error = caught.value
+    assert error.total > error.persona > error.context == nano[0].config.max_position_embeddings
 
 
 def test_clear_begins_anew(session, card):

@@ -4,6 +4,7 @@ keeps a session as a tab does."""
 import base64
 import gc
 import html
+import io
 import json
 import os
 import re
@@ -14,7 +15,10 @@ import sys
 import threading
 import time
 import weakref
+import zipfile
+from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -26,16 +30,21 @@ from typer.testing import CliRunner
 
 import helpers
 from helpers.cli.app import app
-from helpers.demo import web, web_chat
+from helpers.demo import web, web_visitors
 from helpers.demo.conversations import Conversations
 from helpers.demo.web import WebDemo, launch, mount
-from helpers.demo.web_chat import Visitors
+from helpers.demo.web_visitors import Visitors
 from helpers.errors import HelpersError
 from helpers.network import free_port, listen, port_is_free
 from helpers.serving import Server, create_app
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 ATTACK = "<img src='http://example.invalid/x.png' onerror=\"window.hit=1\"><script>hit()</script>&amp;"
+# Buttons of the page's own HTML: Gradio hands on what was clicked as the data of the event `act`.
+CLICKS = {
+    *("open", "new", "drop", "home", "say", "branch", "regenerate", "continue"),
+    *("previous", "next", "edit", "delete", "cut", "fit"),
+}
 LOCAL = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -76,8 +85,10 @@ class Tab:
         event = next(event for event in self.client.config["dependencies"] if event["api_name"] == "open")
         outputs = [types[output] for output in event["outputs"] if not types[output]["skip_api"]]
         self.names = [output["props"].get("elem_id") or output["type"] for output in outputs]
-        self.shown, self.steps = {}, []
-        self.opening = self.begin("open", key)
+        self.shown, self.steps, self.clicks = {}, [], deque()
+        self.act = next(d["id"] for d in self.client.config["dependencies"] if d["api_name"] == "act")
+        self.client.send_data = partial(self.send_data, self.client.send_data)
+        self.opening = self.client.submit(key, api_name="/open")  # not the click on a character
         if wait:
             self.opened()
 
@@ -91,7 +102,14 @@ class Tab:
         return self.end(self.begin(name, *values))
 
     def begin(self, name, *values):
-        return self.client.submit(*values, api_name=f"/{name}")
+        if name not in CLICKS:
+            return self.client.submit(*values, api_name=f"/{name}")
+        self.clicks.append({"what": name, "at": str(values[0]) if values else ""})
+        return self.client.submit(api_name="/act")
+
+    def send_data(self, send, data, event, *more):
+        clicked = {"event_data": self.clicks.popleft()} if event["fn_index"] == self.act else {}
+        return send({**data, **clicked}, event, *more)
 
     def end(self, job):
         job.result(timeout=120)
@@ -108,6 +126,9 @@ class Tab:
         """The messages in the conversation, oldest first."""
         return messages(self.shown["log"])
 
+    def position(self):
+        return (re.findall('id="position">([^<]*)', self.shown["log"]) or [""])[0]
+
     def problem(self):
         return html.unescape(re.sub("<[^>]*>", "", self.shown["problem"]))
 
@@ -117,7 +138,8 @@ class Tab:
 
 
 def messages(log):
-    return [html.unescape(text) for text in re.findall(r'<div class="cg-name">[^<]*</div>([^<]*)</div>', log)]
+    said = re.findall(r'<div class="cg-name">[^<]*</div>(.*?)</div>', log, re.DOTALL)
+    return [html.unescape(re.sub("</?em>", "", text)) for text in said]
 
 
 @pytest.fixture
@@ -210,12 +232,12 @@ def test_regenerate_and_swipe(url):
     tab("send", "你好")
     first = tab.texts()[-1]
     tab("regenerate")
-    assert tab.shown["position"] == "2/2"
+    assert tab.position() == "2/2"
     second = tab.texts()[-1]
     tab("previous")
-    assert (tab.texts()[-1], tab.shown["position"]) == (first, "1/2")
+    assert (tab.texts()[-1], tab.position()) == (first, "1/2")
     tab("next")
-    assert (tab.texts()[-1], tab.shown["position"]) == (second, "2/2")
+    assert (tab.texts()[-1], tab.position()) == (second, "2/2")
     assert len(tab.texts()) == 3
 
 
@@ -232,7 +254,7 @@ def test_undo_keeps_what_is_being_typed(tab):
 
 
 def test_double_click_undoes_once(tab, monkeypatch):
-    monkeypatch.setattr(web_chat, "DOUBLE_CLICK_SECONDS", 60)  # a busy machine takes its time for the second click
+    monkeypatch.setattr(web_visitors, "DOUBLE_CLICK_SECONDS", 60)  # a busy machine takes its time for the second click
     tab("send", "一")
     tab("send", "二")
     jobs = [tab.begin("undo", ""), tab.begin("undo", "")]
@@ -243,7 +265,7 @@ def test_double_click_undoes_once(tab, monkeypatch):
 
 def test_edit_both_sides(tab):
     tab("send", "你好")
-    tab("edit")
+    tab("edit", 1)
     assert tab.shown["query"] == "你好" and tab.shown["response"] == tab.texts()[-1]
     tab("save", "早上好", "早！")
     assert tab.texts()[1:] == ["早上好", "早！"]
@@ -253,20 +275,141 @@ def test_edit_both_sides(tab):
 
 def test_clear_leaves_the_greeting(tab):
     tab("send", "你好")
-    tab("clear")
+    tab("new")
     assert tab.texts() == [helpers.get_character("苏梦远").greeting]
+
+
+def test_any_exchange_can_be_edited_and_deleted(tab):
+    for text in ("一", "二", "三"):
+        tab("send", text)
+    tab("edit", 1)
+    assert tab.shown["query"] == "一"
+    tab("save", "壹", "好")
+    assert tab.texts()[1:4] == ["壹", "好", "二"]
+    tab("delete", 1)
+    assert "壹" not in tab.texts() and tab.texts()[1] == "二"
+    tab("cut", 1)
+    assert tab.texts() == [helpers.get_character("苏梦远").greeting]
+    tab("delete", 7)
+    assert "[no such exchange]" in tab.problem()
+
+
+def test_a_reply_goes_on(tab, nano):
+    tab("send", "讲个故事")
+    before = tab.texts()[-1]
+    tab("continue", 1)
+    assert tab.texts()[-1].startswith(before) and len(tab.texts()[-1]) > len(before)
+    assert tab.position() == "2/2"
+    tab("previous", 1)
+    assert tab.texts()[-1] == before, "as it was, it is still there"
+
+
+def test_a_branch_leaves_the_conversation_as_it_was(tab):
+    tab("send", "一")
+    tab("send", "二")
+    whole = tab.texts()
+    tab("branch", 1)
+    assert tab.texts() == whole[:3] and tab.shown["title"] == "苏梦远 (2)"
+    tab("open", "苏梦远")
+    assert tab.texts() == whole
+
+
+def test_conversations_can_be_renamed_and_deleted(tab):
+    tab("send", "你好")
+    said = tab.texts()
+    tab("rename", "第一次见面")
+    tab("open", "孙悟空")
+    tab("rename", "第一次见面")
+    assert "[name taken or empty]" in tab.problem() and tab.shown["title"] == "孙悟空"
+    tab("open", "第一次见面")
+    assert tab.texts() == said
+    other = Tab(tab.client.src, tab.key)
+    other("drop", "第一次见面")
+    tab("send", "还在吗")
+    assert "[conversation gone]" in tab.problem()
+    tab("home")
+    assert "第一次见面" not in tab.shown["gallery"]
+
+
+def test_openers_are_said_by_a_click(tab):
+    opener = helpers.get_character("孙悟空").openers[1]
+    tab("open", "孙悟空")
+    assert html.escape(opener) in tab.shown["log"]
+    tab("say", 1)
+    assert tab.texts()[1] == opener and 'data-do="say"' not in tab.shown["log"]
+
+
+def test_the_model_speaks_for_the_reader(tab, nano):
+    tab("impersonate", "")
+    card = helpers.get_character("苏梦远")
+    me = {
+        "bot_name": card.user_name,
+        "bot_info": card.user_info,
+        "user_name": card.bot_name,
+        "user_info": card.bot_info,
+    }
+    assert tab.shown["box"] == helpers.chat(*nano, me, card.greeting, **GREEDY)[0]
+    assert tab.texts() == [card.greeting] and tab.shown["draft"] == "", "it is only a proposal"
+
+
+def test_two_characters_talk_until_they_are_stopped(tab, nano):
+    tab("start", "孙悟空", "")
+    assert "[empty topic]" in tab.problem()
+    tab("start", "苏梦远", "月亮")
+    assert "[same name]" in tab.problem()
+    with slow(nano[0], 0.02):
+        job = tab.begin("start", "孙悟空", "月亮")
+        wait_until(lambda: job.done() or len(job.outputs()) > 30)
+        tab("stop")
+        tab.end(job)
+    first, second, *_ = tab.texts()
+    assert first == "我们来聊聊月亮吧。" and second
+    me = helpers.get_character("孙悟空")
+    facing = {"bot_name": "孙悟空", "bot_info": me.bot_info, "user_name": "苏梦远"}
+    facing["user_info"] = helpers.get_character("苏梦远").bot_info
+    assert second == helpers.chat(*nano, facing, first, **GREEDY)[0]
 
 
 # --- persona and parameters
 
 
+def test_a_persona_that_is_too_long_can_be_cut(tab):
+    tab("apply", "小明", "爱哭。" * 3000, "老师", "", "老师好")
+    tab("send", "坐下")
+    assert "[prompt too long]" in tab.problem() and 'data-do="fit"' in tab.shown["problem"]
+    tab("fit")
+    assert 100 < len(tab.shown["bot_info"]) < 9000 and tab.problem() == ""
+    tab("send", "坐下")
+    assert tab.texts()[1] == "坐下" and tab.problem() == ""
+
+
+def test_defaults_come_back(tab):
+    before = tab.shown["temperature"]
+    tab("temperature", 1.5)
+    tab("reset")
+    assert tab.shown["temperature"] == before
+    tab("export")
+    assert json.loads(tab.files()["苏梦远.json"])["generation"] == GREEDY
+
+
+def test_a_persona_being_changed_is_not_lost(tab):
+    fields = ("苏梦远", "换了人设", "我", "", "")
+    tab("change", *fields)
+    tab("open", "孙悟空")
+    assert tab.shown["bot_info"] == helpers.get_character("孙悟空").bot_info
+    tab("open", "苏梦远")
+    assert tab.shown["bot_info"] == "换了人设"
+    tab("export")
+    assert "换了人设" not in tab.files()["苏梦远.json"].decode(), "not in force before it is applied"
+
+
 def test_each_character_has_its_conversation(tab):
     tab("send", "你好")
     before = tab.texts()
-    tab("pick", "孙悟空")
+    tab("open", "孙悟空")
     assert tab.shown["bot_name"] == "孙悟空"
     assert tab.texts() == [helpers.get_character("孙悟空").greeting]
-    tab("pick", "苏梦远")
+    tab("open", "苏梦远")
     assert tab.texts() == before
 
 
@@ -349,7 +492,7 @@ def test_second_tab_of_a_browser_shows_the_same(tab, url):
     assert len(second.texts()) == 1
     second("tick")
     assert second.texts() == tab.texts() and second.key == tab.key
-    second("pick", "孙悟空")
+    second("open", "孙悟空")
     tab("tick")
     assert "陆导" in tab.texts()[0], "each tab has its own choice of the character"
 
@@ -403,12 +546,21 @@ def test_export_and_import(tab, url, tmp_path):
         (tmp_path / name).write_bytes(content)
     other = Tab(url)
     other("import", handle_file(tmp_path / "苏梦远.json"))
-    assert other.texts() == tab.texts() and other.shown["picker"] == "苏梦远 (2)"
+    assert other.texts() == tab.texts() and other.shown["title"] == "苏梦远 (2)"
     other("import", handle_file(tmp_path / "苏梦远_card.png"))
-    assert other.texts() == tab.texts()[:1] and other.shown["picker"] == "苏梦远 (3)"
-    other("pick", "苏梦远 (2)")
+    assert other.texts() == tab.texts()[:1] and other.shown["title"] == "苏梦远 (3)"
+    other("open", "苏梦远 (2)")
     assert other.texts() == tab.texts()
     assert "你好" in files["苏梦远.md"].decode()
+
+
+def test_export_all(tab):
+    tab("send", "你好")
+    tab("open", "孙悟空")
+    tab("export_all")
+    with zipfile.ZipFile(io.BytesIO(tab.files()["conversations.zip"])) as archive:
+        assert archive.namelist() == ["01_苏梦远.json", "02_孙悟空.json"]
+        assert json.loads(archive.read("01_苏梦远.json"))["history"][1][0] == "你好"
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\x89PNG\r\n\x1a\nrest"])
@@ -417,7 +569,7 @@ def test_bad_file_is_refused(tab, tmp_path, content):
     before = tab.texts()
     tab("import", handle_file(tmp_path / "bad.json"))
     assert re.search(r"\[[\w ]+\]：", tab.problem())
-    assert tab.texts() == before and tab.shown["picker"] == "苏梦远"
+    assert tab.texts() == before and tab.shown["title"] == "苏梦远"
 
 
 # --- safety
@@ -429,9 +581,13 @@ def test_everything_is_escaped(tab):
     tab("save", ATTACK, ATTACK)
     tab("export")
     assert tab.texts() == [ATTACK, ATTACK, ATTACK]
-    for name in ("log", "draft", "problem", "meter", "links", "position"):
-        tags = set(re.findall(r"<\s*(\w+)", tab.shown[name]))
-        assert tags <= {"div", "span", "a", "progress"}, name
+    tab("rename", ATTACK[:64])
+    tab("home")
+    ours = {"div", "span", "a", "progress", "em", "button", "b", "i", "q", "h1", "h2", "input"}
+    ours |= {"svg", "path", "use", "symbol", "rect", "circle", "g"}
+    for name in ("log", "draft", "problem", "meter", "links", "head", "gallery", "talk"):
+        assert set(re.findall(r"<\s*(\w+)", tab.shown[name])) <= ours, name
+        assert " onerror" not in re.sub('>[^<]*<|"[^"]*"', "", tab.shown[name]), name
 
 
 def test_password(nano):
@@ -538,8 +694,12 @@ def test_english_page(nano):
             for component in tab.client.config["components"]
             if component["type"] == "button"
         }
+        tab("undo", "")
+        assert tab.problem() == "No exchange yet: say something first"
+        tab("apply", "", "", "I", "", "")
+        assert tab.problem().startswith("Invalid persona (")
         tab("send", "你好")
-    assert {"Send", "Stop", "Regenerate"} <= labels
+    assert {"Send", "Stop", "Undo"} <= labels
     assert "first token after" in tab.shown["meter"]
 
 
@@ -600,7 +760,7 @@ def test_page_beside_the_api_refuses(options, message):
 
 
 def test_visitor_who_was_away_for_longest_is_forgotten(nano, monkeypatch):
-    monkeypatch.setattr(web_chat, "MAX_VISITORS", 2)
+    monkeypatch.setattr(web_visitors, "MAX_VISITORS", 2)
     visitors = Visitors(lambda: Conversations(*nano))
     first, second = visitors.get("")[0], visitors.get("")[0]
     assert visitors.get(first)[0] == first
@@ -610,7 +770,7 @@ def test_visitor_who_was_away_for_longest_is_forgotten(nano, monkeypatch):
 
 
 def test_only_the_newest_conversations_keep_their_cache(nano, monkeypatch):
-    monkeypatch.setattr(web_chat, "MAX_CACHES", 2)
+    monkeypatch.setattr(web_visitors, "MAX_CACHES", 2)
     visitors = Visitors(lambda: Conversations(*nano, **GREEDY))
     sessions = [visitors.get("")[1].session for _ in range(3)]
     for session in sessions:
