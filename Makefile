@@ -63,9 +63,8 @@ kernel: $(READY) ## add the kernel "characterglm" to a JupyterLab that is alread
 bench: $(READY) ## every benchmark, short, and its figures in benchmarks/README.md: about 10 minutes on two quiet cores
 	$(VENV_PYTHON) benchmarks/run_all.py
 
-nano: $(READY) ## train CharacterGLM-Nano again, in two rounds: about 100 minutes on two cores
-	PYTHONPATH=scripts $(VENV_PYTHON) -m nano.build --output-dir outputs/nano_first
-	PYTHONPATH=scripts $(VENV_PYTHON) -m nano.build --start outputs/nano_first --broad 2500000 --focus 5500000
+nano: $(READY) ## train CharacterGLM-Nano again: about 90 minutes on two cores
+	PYTHONPATH=scripts $(VENV_PYTHON) -m nano.build
 
 clean: ## remove .venv and caches; outputs/ and models/ stay
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

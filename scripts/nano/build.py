@@ -1,6 +1,7 @@
 """Build CharacterGLM-Nano: tokenizer and weights from `data/dialogues/` and `data/everyday/`.
 
-    make nano       # two rounds of this program, the second with --start on the weights of the first; hours of CPU time
+    make nano
+    PYTHONPATH=scripts python -m nano.build --start data/nano --output-dir outputs/nano      # goes on from given weights
     PYTHONPATH=scripts python -m nano.build --broad 200000 --focus 100000 --output-dir outputs/nano    # a quick trial
 
 Nano is a teaching stand-in for CharacterGLM-6B: the same architecture, file layout and prompt, a thousandth of the
