@@ -66,7 +66,8 @@ def say(panel, text):
 
 def shown(panel):
     """The texts on the screen, oldest first."""
-    texts = [re.sub("<[^>]+>", "\n", message.value) for message in reversed(panel.view.log.children)]
+    said = [re.sub("</?em>", "", message.value) for message in reversed(panel.view.log.children)]  # stage directions
+    texts = [re.sub("<[^>]+>", "\n", message) for message in said]
     return [html.unescape(text).strip().partition("\n")[2] for text in texts]
 
 
