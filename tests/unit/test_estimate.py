@@ -65,7 +65,7 @@ def test_a_gguf_file_in_llama_cpp():
 def test_estimates_agree_with_measured_memory(run_command):
     done = run_command(str(BENCHMARK), "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" measured ") >= 4
+    assert done.stdout.count(" measured ") >= 3  # each case in three processes
 
 
 @pytest.mark.slow
