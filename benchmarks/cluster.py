@@ -24,7 +24,7 @@ import typer
 from support.random_model import save_random_model
 from support.report import JsonFile, Quick, publish
 from support.rounds import ROUNDS, Ratio, in_turns
-from support.talk import queries
+from support.talk import queries, token_rate
 from transformers import AutoTokenizer
 
 import helpers
@@ -87,9 +87,9 @@ def compare(directory: Path, rounds: int, users: int, new_tokens: int) -> dict[s
 
 
 async def rate(url: str, tokenizer, prompts: list[str], new_tokens: int) -> float:
-    """Tokens a second with a user for each prompt, counted by encoding the replies again; each has one more, its end."""
+    """Tokens a second with a user for each prompt."""
     answers, seconds = await ask_all(url, prompts, stream=True, max_tokens=new_tokens, **SAMPLING)
-    return sum(len(tokenizer.encode(a.text, add_special_tokens=False)) + 1 for a in answers) / seconds
+    return token_rate(tokenizer, [answer.text for answer in answers], seconds)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from support.llama_server import LlamaServer
 from support.random_model import save_random_model
 from support.report import JsonFile, Quick, publish, set_threads
 from support.rounds import ROUNDS, Ratio, in_turns
-from support.talk import CHARACTER, queries
+from support.talk import CHARACTER, queries, token_rate
 from transformers import AutoTokenizer
 
 import helpers
@@ -161,7 +161,7 @@ def ask_for_everything(
     options = {"stream": True, "model": model, "max_tokens": new_tokens, "temperature": 0, **extra}
 
     def rate(answers: list, seconds: float) -> float:
-        return sum(len(tokenizer.encode(one.text, add_special_tokens=False)) + 1 for one in answers) / seconds
+        return token_rate(tokenizer, [answer.text for answer in answers], seconds)
 
     alone = [asyncio.run(ask_all(url, [prompt], **options)) for prompt in prompts[: users // 2]]
     together = asyncio.run(ask_all(url, prompts, **options))

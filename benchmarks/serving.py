@@ -28,7 +28,7 @@ import typer
 from support.random_model import save_random_model
 from support.report import JsonFile, Quick, publish, set_threads
 from support.rounds import ROUNDS, Ratio, in_turns
-from support.talk import CHARACTER
+from support.talk import CHARACTER, token_rate
 from transformers import TextIteratorStreamer
 
 import helpers
@@ -115,10 +115,6 @@ class Bench:
             return_tensors="pt",
         )
 
-    def rate(self, texts: list[str], seconds: float) -> float:
-        """Tokens a second; each reply has one more, its end."""
-        return sum(len(self.tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts) / seconds
-
     def plain(self, count: int) -> float:
         """Tokens a second of `model.generate`, one after another, greedy, as pieces of text."""
         options = {"do_sample": False, "repetition_penalty": 1.05, "eos_token_id": [2, 13], "pad_token_id": 0}
@@ -128,7 +124,7 @@ class Bench:
             streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.model.generate(**self.encode(prompt), streamer=streamer, max_new_tokens=self.new_tokens, **options)
             texts.append("".join(streamer))
-        return self.rate([text.strip() for text in texts], time.perf_counter() - start)
+        return token_rate(self.tokenizer, [text.strip() for text in texts], time.perf_counter() - start)
 
     async def all_of(self, url: str, users: int, stream: bool) -> dict[str, float]:
         """What a server is asked in a round; one user only if it streams."""
@@ -144,7 +140,7 @@ class Bench:
             )
             texts.append(answers[0].text)
             seconds += took
-        return self.rate(texts, seconds)
+        return token_rate(self.tokenizer, texts, seconds)
 
     async def at_once(self, url: str, users: int) -> dict[str, float]:
         """Tokens a second with that many users, and the 99th percentile of /health meanwhile."""
@@ -152,7 +148,7 @@ class Bench:
         delays = await health_delays(url, until=work)
         answers, seconds = await work
         return {
-            str(users): self.rate([answer.text for answer in answers], seconds),
+            str(users): token_rate(self.tokenizer, [answer.text for answer in answers], seconds),
             "health": percentile_99(delays),
         }
 

@@ -266,9 +266,8 @@ class WebChat:
                     return
                 changes = done if isinstance(done, dict) else self.draw(tab)
                 yield changes
-                if (
-                    self.view.log in changes
-                ):  # neither refused nor empty; a reply may have ended, or failed, since it was drawn
+                # Neither refused nor empty; a reply may have ended, or failed, since it was drawn.
+                if self.view.log in changes:
                     async for changes in self.follow(tab):
                         yield changes
             except Exception as error:

@@ -47,10 +47,8 @@ async def home(request: Request) -> HTMLResponse:
     """Links, for a browser; a program that wants something else here has taken the wrong method."""
     if "text/html" not in request.headers.get("accept", ""):
         raise HTTPException(405, "Method Not Allowed", {"Allow": "POST"})
-    service, has_page = (
-        request.app.state.service,
-        any(getattr(route, "path", "") == "/demo" for route in request.app.routes),
-    )
+    service = request.app.state.service
+    has_page = any(getattr(route, "path", "") == "/demo" for route in request.app.routes)
     links = {where: what for where, what in LINKS.items() if has_page or where != "demo/"}
     items = "".join(f'<li><a href="{where}">{what}</a></li>' for where, what in links.items())
     return HTMLResponse(HOME.format(model=html.escape(service.name), status=service.status, links=items))
