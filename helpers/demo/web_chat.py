@@ -64,7 +64,7 @@ class WebChat:
 
     def draw_all(self, tab: Tab) -> dict:
         settings = self.view.settings(tab.name, tab.session, tab.unapplied.get(tab.name))
-        return {**self.view.place(tab.at_home, tab.conversations), **settings, **self.draw(tab)}
+        return {**self.view.place(tab.at_home, tab.conversations), **self.draw(tab), **settings}
 
     def _say(self, error: BaseException) -> dict:
         persona_is_longer = isinstance(error, PromptTooLongError) and error.persona * 2 > error.total
@@ -156,7 +156,7 @@ class WebChat:
         meta = tab.session.session_meta
         if fields == tuple(getattr(meta, name, "") for name in self.view.persona):
             del tab.unapplied[tab.name]
-        return self.view.unapplied(tab.name in tab.unapplied)
+        return self.view.unapplied(tab.session, tab.name in tab.unapplied)
 
     def _apply(self, tab: Tab, *fields: str) -> dict:
         change_persona(tab.session, dict(tab.session.session_meta) | dict(zip(self.view.persona, fields)))
@@ -236,7 +236,8 @@ class WebChat:
             slider.input(**self._event(name, set_parameter, slider, trigger_mode="always_last", js=within(slider)))
         fields = view.persona.values()
         changed = self._event("change", self._change, *fields, trigger_mode="always_last")
-        gr.on([each.input for each in fields], **changed)
+        # `input` is sent by the keys of a keyboard, not by an input method for Chinese, nor by pasting: hence `blur` too.
+        gr.on([event for field in fields for event in (field.input, field.blur)], **changed)
         view.clock.tick(**self._event("tick", self._tick, queue=False))
 
     def _act(self, tab: Tab, event: gr.EventData) -> dict | None:

@@ -153,14 +153,15 @@ class WebView:
             self.title: name,
             self.talk: self.parts.button("drop", name, self.text("drop"), "cg-text", ask=True),
             **dict(zip(self.persona.values(), fields)),
-            **self.unapplied(unapplied is not None),
+            **self.unapplied(session, unapplied is not None),
             **self.parameters(session),
             self.editor: gr.update(visible=False),
             self.links: "",
         }
 
-    def unapplied(self, some: bool) -> dict:
-        return {self.buttons["apply"]: gr.update(value=self.text("unapplied" if some else "apply"))}
+    def unapplied(self, session: ChatSession, some: bool) -> dict:
+        text = self.text("unapplied" if some else "apply")
+        return {self.buttons["apply"]: gr.update(value=text, interactive=session.draft is None)}
 
     def parameters(self, session: ChatSession) -> dict:
         """The sliders, as they are in force."""

@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import expect
 
 import helpers
+from helpers.demo.texts import label
 from helpers.demo.web import launch
 
 pytestmark = pytest.mark.browser  # one test here is fast; the others are for `make test-slow`
@@ -274,7 +275,15 @@ def test_character_persona_and_parameters(chat):
     assert texts(chat) == [helpers.get_character("孙悟空").greeting]
     settings(chat, "persona")
     keep_screenshot(chat, "drawer")
+    expect(box(chat, "bot_name")).to_have_value("孙悟空")  # what was chosen is drawn part by part
     box(chat, "bot_name").fill("")
+    box(chat, "bot_name").blur()
+    expect(chat.locator("#apply")).to_have_text(label("unapplied", "zh"))
+    pick(chat, "林黛玉")  # what was not applied waits
+    expect(chat.locator("#apply")).to_have_text(label("apply", "zh"))
+    pick(chat, "孙悟空")
+    expect(chat.locator("#apply")).to_have_text(label("unapplied", "zh"))
+    expect(box(chat, "bot_name")).to_have_value("")
     chat.locator("#apply").click()
     expect(chat.locator("#problem")).to_contain_text("invalid persona")
     box(chat, "bot_name").fill("小悟空")
