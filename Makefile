@@ -45,8 +45,9 @@ test-slow: $(READY) ## the rest: real compilers, killed processes, several proce
 test-gpu: $(READY) ## on a CUDA GPU: the notebooks, and the figures of the 6B into benchmarks/results/
 	$(VENV_PYTHON) -m pytest tests/gpu -m gpu -s
 
-test-clients: $(READY) ## real clients from pip and npm, SillyTavern among them, against the server; needs Node
+test-clients: $(READY) ## real clients from pip and npm, SillyTavern and axe-core among them, against server and page; needs Node
 	@bash scripts/get_browser.sh
+	$(VENV_PYTHON) tests/clients/accessibility.py
 	$(VENV_PYTHON) tests/clients/real_clients.py
 
 lint: $(READY) ## ruff

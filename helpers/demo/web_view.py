@@ -20,7 +20,9 @@ VARIANTS = {"send": "primary", "save": "primary", "stop": "stop"}
 
 # Only fonts of the reader's own machine: Gradio's default theme brings files, other themes ask Google.
 SANS = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
-THEME = gr.themes.Default(primary_hue="blue", font=SANS, font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Default(primary_hue="blue", font=SANS, font_mono=["ui-monospace", "monospace"]).set(
+    button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700"
+)  # white on the usual 500 has a contrast of 3.7
 # The bubbles are those of the notebook; in page.css, Gradio's colours carry the theme, light or dark.
 CSS, SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 HEAD = f"{STYLE}<style>{CSS}</style><script>{SCRIPT}</script>"
