@@ -20,6 +20,7 @@ from ..errors import CharacterError
 from .personas import MAX_FILE_BYTES, check_size, parse_json_object
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+OTHER_PICTURES = (b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")  # beginnings of JPEG, GIF, WebP, BMP
 MAX_PIXELS = 25_000_000  # a picture of a few kilobytes can claim to have billions
 CHARX_CARD = "card.json"
 NO_CARD = "这张图片里没有角色卡 [no card in picture]：聊天软件转发图片时常会丢掉卡，请用原文件"
@@ -32,7 +33,7 @@ def card_json(content: bytes, name: str = "") -> dict:
         return _newest([_decoded(text) for text in _png_cards(content)])
     if zipfile.is_zipfile(io.BytesIO(content)):
         return parse_json_object(_charx_card(content), CHARX_CARD)
-    if content.startswith((b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")):
+    if content.startswith(OTHER_PICTURES):
         return _newest([_decoded(text) for text in _exif_cards(content)])
     return parse_json_object(content, name)
 
@@ -40,6 +41,10 @@ def card_json(content: bytes, name: str = "") -> dict:
 def is_json(content: bytes) -> bool:
     """Whether it is text: neither a picture nor an archive."""
     return content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
+
+
+def is_picture(content: bytes) -> bool:
+    return content.startswith((PNG_SIGNATURE, *OTHER_PICTURES))
 
 
 def _newest(cards: list[dict]) -> dict:

@@ -4,11 +4,14 @@ import io
 import json
 import re
 import zipfile
+from contextlib import suppress
 
+from ..characters.card_files import is_picture
 from ..characters.cards import export_card_png, export_card_v2, open_content
 from ..characters.personas import CharacterCard
 from ..chat.session import ChatSession
-from ..errors import ChatError
+from ..errors import CharacterError, ChatError
+from .faces import picture_face
 
 # Ending of the file name: what is in the file. Of two that fit, the later one decides.
 EXPORTS = {
@@ -54,6 +57,9 @@ def open_file(model, tokenizer, content: bytes, **generation) -> ChatSession:
     found = open_content(content)
     if isinstance(found, dict) and "bot_name" not in found:
         return ChatSession.restore(model, tokenizer, found)
+    if is_picture(content) and not getattr(found, "face", ""):
+        with suppress(CharacterError):  # the card is whole where its picture may not be
+            found = found.model_copy(update={"face": picture_face(content)})
     return ChatSession(model, tokenizer, found, **generation)
 
 

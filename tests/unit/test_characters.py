@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import struct
 import zipfile
 import zlib
@@ -15,6 +16,8 @@ import helpers
 from helpers.characters.cards import open_content
 from helpers.characters.macros import CardWarning, example_turns, fill_macros
 from helpers.characters.personas import CHARACTERS_FILE, MAX_TEXT, CharacterCard, SessionMeta, as_session_meta
+from helpers.demo.faces import face
+from helpers.demo.files import open_file
 from helpers.errors import CharacterError
 
 META = {"bot_name": "阿九", "bot_info": "飞船", "user_name": "林舟", "user_info": "船长"}
@@ -501,3 +504,33 @@ def test_example_dialogues_become_turns():
     assert example_turns(text, NAMES) == [["你叫什么？", "阿青。 *低头* 你呢？"], ["冷吗？", "习惯了。"]]
     assert example_turns("{{char}}: 来了", NAMES) == [["", "来了"]]
     assert example_turns("没有名字的一段话", NAMES) == []
+
+
+def test_a_cards_own_picture_is_its_face(tmp_path):
+    nano = helpers.load("nano")
+    picture = tmp_path / "red.png"
+    Image.new("RGB", (300, 400), "red").save(picture)
+    png = helpers.export_card_png(CharacterCard(bot_name="小满", bot_info="守灯塔。"), picture)
+    meta = open_file(*nano, png).session_meta
+    shown = re.fullmatch(
+        r'<image href="data:image/jpeg;base64,(.+?)" width="48" height="48"/>', face("小满", meta.face)
+    )
+    (red, green, blue) = Image.open(io.BytesIO(base64.b64decode(shown[1]))).getpixel((48, 48))
+    assert red > 240 > 15 > max(green, blue)
+    assert (
+        open_file(*nano, helpers.export_card_png(helpers.get_character("李白"), picture)).session_meta.face
+        == "bun beard"
+    )
+    broken = png[: png.index(b"IDAT") + 12] + bytes(64) + png[png.index(b"IDAT") + 76 :]
+    assert open_file(*nano, broken).session_meta.bot_name == "小满"
+
+
+@pytest.mark.parametrize(
+    "features", ["data:image/svg+xml;base64,PHN2Zz4=", 'data:image/jpeg;base64,a"/><script>', "<b>"]
+)
+def test_no_other_picture_is_shown(features):
+    assert (
+        "image" not in face("小满", features)
+        and "<script" not in face("小满", features)
+        and "<b>" not in face("小满", features)
+    )
