@@ -14,12 +14,14 @@ from rich.text import Text
 
 from ..characters.cards import open_content
 from ..characters.personas import MAX_FILE_BYTES, get_character
+from ..chat.chat import read
 from ..chat.fitting import ContextWarning
 from ..chat.generation import GenerationParameters
 from ..chat.session import ChatSession
 from ..errors import ChatError
 from ..model.loading import load
 from .conversations import Conversations, change_persona, characters_with
+from .duet import mirrored
 from .files import exported_file
 from .texts import error_text, meter_text
 
@@ -27,8 +29,11 @@ HELP = """\
 /character [名字]        列出角色，或换一个角色；每个角色有自己的对话 [pick a character]
 /persona [字段 内容]     看人设，或改一个字段，如 /persona bot_info 爱吃桃子 [persona]
 /set [参数 值]           看生成参数，或改一个，如 /set temperature 0.7 [parameters]
-/regen                   重说上一句，原来的保留 [regenerate]
-/next /prev              在几个回复之间切换 [swipe]
+/regenerate              重说上一句，原来的保留；也可以写 /regen [regenerate]
+/continue                让上一句接着往下说 [continue]
+/next /previous          在几个回复之间切换 [swipe]
+/impersonate             替我想一句 [suggest my line]
+/new                     和同一个角色另开一段对话 [new chat]
 /undo                    撤回上一轮 [undo]
 /edit query|reply 内容   改上一轮的任何一边 [edit]
 /clear 或 clear          重新开始这段对话 [clear]
@@ -38,6 +43,7 @@ HELP = """\
 /exit 或 stop            离开，也可以按 Ctrl-D [leave]
 Ctrl-C                   停下正在写的回复，写出的部分保留 [stop the reply]"""
 ORIGINAL_WORDS = {"clear": "/clear", "stop": "/exit"}  # commands of the vendor's own terminal demo
+SHORT = {"/regen": "/regenerate", "/prev": "/previous", "/quit": "/exit"}
 
 # C0 and C1 control characters, and those that reverse the direction of writing.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -87,9 +93,12 @@ class TerminalChat:
             "/character": self._character,
             "/persona": self._persona,
             "/set": self._set,
-            "/regen": lambda _: self._write(self.session.stream_again()),
+            "/regenerate": lambda _: self._write(self.session.stream_again()),
+            "/continue": self._continue,
             "/next": lambda _: self._swipe(1),
-            "/prev": lambda _: self._swipe(-1),
+            "/previous": lambda _: self._swipe(-1),
+            "/impersonate": self._impersonate,
+            "/new": lambda _: (self.conversations.new(self.session.session_meta), self._show_conversation()),
             "/undo": lambda _: self._print(f"撤回了 [undone]：{self.session.undo()}", style="dim"),
             "/edit": self._edit,
             "/clear": lambda _: (self.session.clear(), self._show_conversation()),
@@ -123,7 +132,8 @@ class TerminalChat:
         """Do what one line says, a message or a command; False if it is time to leave. Shows errors, raises none."""
         words = ORIGINAL_WORDS.get(line.strip(), line.strip())
         command, _, argument = words.partition(" ")
-        if command in ("/exit", "/quit"):
+        command = SHORT.get(command, command)
+        if command == "/exit":
             return False
         try:
             if command in self.commands:
@@ -169,6 +179,14 @@ class TerminalChat:
         self.session.swipe(step)
         self._show(self.session.history[-1:])
         self._print(f"{self.session.alternative + 1}/{len(self.session.alternatives)}", style="dim")
+
+    def _continue(self, _) -> None:
+        self._write(read(self.session.tokenizer, self.session.begin_more()))
+        self._show([["", self.session.history[-1][1]]])
+
+    def _impersonate(self, _) -> None:
+        mirror, line = mirrored(self.session)
+        self._print(f"你可以说 [you might say]：{mirror.send(line)}", style="dim")
 
     def _edit(self, change: str) -> None:
         side, _, text = change.partition(" ")

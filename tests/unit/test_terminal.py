@@ -103,7 +103,7 @@ def test_regenerate_and_swipe(chat):
     chat.session.set_generation(do_sample=True, seed=1, temperature=2.0)
     chat.enter("你好")
     first = chat.session.history[-1][1]
-    chat.enter("/regen")
+    chat.enter("/regenerate")
     second = chat.session.history[-1][1]
     assert first != second, "the same seed must not write the same reply"
     printed(chat)
@@ -113,6 +113,22 @@ def test_regenerate_and_swipe(chat):
     chat.enter("/next")
     assert chat.session.history[-1] == ["你好", second]
     assert printed(chat).endswith("2/2\n")
+
+
+def test_continue_goes_on_and_a_suggestion_changes_nothing(chat):
+    chat.session.set_generation(max_new_tokens=4)
+    chat.enter("你好")
+    begun = chat.session.history[-1][1]
+    chat.enter("/continue")
+    assert len(chat.session.history[-1][1]) > len(begun) and chat.session.history[-1][1].startswith(begun)
+    assert printed(chat).rstrip().endswith(chat.session.history[-1][1])
+    before = chat.session.export()
+    chat.enter("/impersonate")
+    assert re.search(r"\[you might say\]：.+", printed(chat)) and chat.session.export() == before
+    chat.enter("/new")
+    assert chat.session.history != before["history"] and chat.conversations.sessions.keys() > {
+        before["session_meta"]["bot_name"]
+    }
 
 
 def test_undo_and_edit(chat):
@@ -167,6 +183,7 @@ def test_help_names_every_command(chat):
         ("/set temperature hot", "invalid generation parameter"),
         ("/set tempreature 1", "unknown generation parameter"),
         ("/regen", "no exchange yet"),
+        ("/continue", "no exchange yet"),
         ("/undo", "no exchange yet"),
         ("/edit 你好", "usage"),
         ("/save", "file name required"),
