@@ -33,8 +33,8 @@ from .model import new_model
 from .tokenizer import LineEncoder, train_tokenizer
 from .training import Training
 
-BROAD_TOKENS = 5_068_800  # everything, at a constant learning rate
-FOCUS_TOKENS = 7_000_000  # one reply for each line, at a falling one
+BROAD_TOKENS = 6_000_000  # everything, at a constant learning rate
+FOCUS_TOKENS = 8_500_000  # one reply for each line, at a falling one
 SAVE_EVERY = 1_000_000
 SAMPLING = {"do_sample": True, "temperature": 0.35, "top_p": 0.9, "top_k": 100, "repetition_penalty": 1.0}
 
@@ -51,6 +51,7 @@ def training_texts() -> list[str]:
         texts += [text for text in (card.bot_name, card.user_name, card.bot_info, card.user_info) for _ in range(20)]
     for file in sorted(EVERYDAY.rglob("*.jsonl")):
         texts += [text for row in read_rows(file) for key in ("lines", "replies") for text in row.get(key, [])]
+        texts += [row["reply"] for row in read_rows(file) if "reply" in row]
     for file in sorted(EVERYDAY.glob("*.json")):
         texts += strings(json.loads(file.read_text(encoding="utf-8")))
     return [re.sub(r"\{\w+\}", "", text) for text in texts]
@@ -63,10 +64,14 @@ def strings(value) -> list[str]:
     return [text for item in (value.values() if isinstance(value, dict) else value) for text in strings(item)]
 
 
-def prepare(work: Path, seed: int, broad_tokens: int) -> tuple[Training, AutoTokenizer]:
-    """A fresh tokenizer in `work`, and a fresh model with the stream of its training rows."""
+def prepare(work: Path, seed: int, broad_tokens: int, start: Path | None = None) -> tuple[Training, AutoTokenizer]:
+    """A tokenizer in `work`, and a model with the stream of its training rows: fresh ones, or those of `start`."""
     torch.manual_seed(seed)
-    train_tokenizer(training_texts(), work)
+    if start:
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(start / name, work)
+    else:
+        train_tokenizer(training_texts(), work)
     (work / "config.json").write_text('{"model_type": "chatglm"}')
     tokenizer = AutoTokenizer.from_pretrained(work)
     composer = Composer(LineEncoder(tokenizer), training_dialogues(), random.Random(seed))
@@ -103,7 +108,7 @@ def main(
     work = output_dir.with_name(output_dir.name + ".partial")  # data/nano stays usable until the new one is complete
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    training, _ = prepare(work, seed, broad)
+    training, _ = prepare(work, seed, broad, start)
     training.bfloat16 = bfloat16
     if start:
         first, _ = helpers.load(start)

@@ -16,7 +16,8 @@ from .tokenizer import LineEncoder
 
 TOKENS_PER_BATCH = 6144
 LENGTHS = {256: 0.74, 512: 0.24, 1024: 0.02}  # of the rows of a batch, with the share of the batches
-KINDS = {"character": 0.79, "persona": 0.15, "duet": 0.06}  # of a row
+BROAD = {"character": 0.54, "persona": 0.4, "duet": 0.06}  # the kinds of rows; personas teach to read and copy
+FOCUS = {"character": 0.72, "persona": 0.22, "duet": 0.06}
 MANNERS = {
     "warm": "说话温柔。",
     "lively": "说话活泼。",
@@ -41,6 +42,7 @@ class Composer:
         self.duets = Deck(read_rows(EVERYDAY / "duets.jsonl"), rng)
         self.dialogue_share = 0.1  # of the exchanges with the usual partner: a whole dialogue instead
         self.names = Deck(list(self.cards), rng)
+        self.kinds, self.question_share = BROAD, 0.7
 
     def batches(self, broad_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of `TOKENS_PER_BATCH` tokens, rows of one length each.
@@ -55,7 +57,7 @@ class Composer:
                 self.focus()
                 size //= 2
             (length,) = self.rng.choices(list(LENGTHS), list(LENGTHS.values()))
-            kinds = self.rng.choices(list(KINDS), list(KINDS.values()), k=size // length)
+            kinds = self.rng.choices(list(self.kinds), list(self.kinds.values()), k=size // length)
             rows = [makers[kind](length) for kind in kinds]
             if size == TOKENS_PER_BATCH:
                 for row in rows:
@@ -67,6 +69,7 @@ class Composer:
         """From now on one reply for each line, and few dialogues: what is to be known by heart must be met often."""
         self.everyday.keep_first_replies()
         self.dialogue_share = 0.01
+        self.kinds, self.question_share, self.slots.invented_share = FOCUS, 0.5, 0.25
 
     def character_row(self, length: int) -> Row:
         """A shipped character with its usual partner or somebody else."""
@@ -107,7 +110,7 @@ class Composer:
         words |= {slot: facts[slot] for slot in ("habit", "trait")}
         talk = self._talk(session, persona.voice, None, words, {"job": facts["job"], "like": facts["like"]})
         while True:
-            ask = self.rng.random() < 0.5 or not persona.voice
+            ask = self.rng.random() < self.question_share or not persona.voice
             if not row.add(self.encoder, session, *(self.personas.question(persona) if ask else next(talk)), length):
                 return row
 

@@ -63,6 +63,7 @@ def training_replies() -> tuple[set[str], re.Pattern]:
     replies = {reply for d in load_dialogues() if not d.held_out for _, reply in d.history}
     for file in [*(EVERYDAY / "replies").glob("*.jsonl"), EVERYDAY / "voices.jsonl"]:
         replies.update(text for row in read_rows(file) for text in row["replies"])
+    replies.update(row["reply"] for row in read_rows(EVERYDAY / "topics.jsonl"))
     replies.update(line for row in read_rows(EVERYDAY / "duets.jsonl") for line in row["lines"])
     slotted = ["".join(re.sub(r"\\{\w+\\}", ".{1,12}", re.escape(text))) for text in replies if "{" in text]
     return replies, re.compile("|".join(slotted))

@@ -40,6 +40,24 @@ ADDRESSES = {
     "大黄": "铲屎的",
 }
 
+# What else people call the characters, in front of a line or after it.
+CALLS = {
+    "苏梦远": ("小苏", "梦远", "苏老师", "远心"),
+    "林黛玉": ("妹妹", "林妹妹", "颦儿", "黛玉", "林姑娘"),
+    "孙悟空": ("悟空", "大圣", "猴哥", "大师兄", "猴子"),
+    "诸葛亮": ("孔明", "军师", "先生", "丞相"),
+    "李白": ("太白", "太白兄", "李兄", "诗仙"),
+    "福尔摩斯": ("老福", "夏洛克", "大侦探", "福先生"),
+    "沈知微": ("沈医生", "知微", "沈大夫"),
+    "阿九": ("九号", "小九", "阿九呀"),
+    "陈阿婆": ("阿婆", "外婆", "婆婆"),
+    "顾长风": ("长风", "顾大侠", "长风大哥", "顾兄"),
+    "夏星野": ("星野", "小夏", "夏同学"),
+    "白小狸": ("小狸", "小狐狸", "狐仙姑娘"),
+    "大黄": ("黄黄", "大黄猫", "猫大爷"),
+    "秦朗": ("秦队", "老秦", "秦队长", "朗哥"),
+}
+
 
 def read_rows(file: Path) -> list[dict]:
     """The objects of a JSONL file."""
@@ -61,6 +79,8 @@ class Slots:
         self.surnames, self.given = values.pop("surnames"), values.pop("given")
         self.evaluation = evaluation
         self.values = {slot: [v for v in every if held_out(v) == evaluation] for slot, every in values.items()}
+        self.characters = sorted(set("".join([self.given, *(v for every in values.values() for v in every)])))
+        self.invented_share = 0.0 if evaluation else 0.5
 
     def name(self, rng: random.Random) -> str:
         """A name put together from a surname and one or two characters, so that it can only be copied."""
@@ -79,7 +99,15 @@ class Slots:
             return self.name(rng)
         if slot == "number":
             return str(rng.randint(3, 99))
+        if rng.random() < self.invented_share:
+            return self.invented(rng)
         return rng.choice(self.values[slot.rstrip("2")])
+
+    def invented(self, rng: random.Random) -> str:
+        """Two or three characters without a meaning: what nobody can know by heart must be looked up."""
+        while held_out(value := "".join(rng.choices(self.characters, k=rng.choice((2, 2, 3))))):
+            pass
+        return value
 
     def fill(self, text: str, chosen: dict[str, str], rng: random.Random) -> str:
         """`text` with its slots replaced; values once chosen are kept in `chosen`."""
@@ -127,6 +155,9 @@ class Everyday:
                 # The first reply counts twice: of two equally likely ones a small model makes a mixture.
                 texts = [row["replies"][0], *row["replies"]]
                 self.replies.setdefault(speaker, []).extend((row["intent"], text) for text in texts)
+        for number, row in enumerate(read_rows(directory / "topics.jsonl")):  # of one character's own world
+            self.lines[f"topic_{number}"] = row["lines"]
+            self.replies[row["character"]].append((f"topic_{number}", row["reply"]))
         self.line_decks = {intent: Deck(lines, rng) for intent, lines in self.lines.items()}
         self.by_intent = {}
         for speaker, replies in self.replies.items():
@@ -176,7 +207,9 @@ def vary(line: str, bot_name: str, rng: random.Random, whole: bool) -> str:
     if not whole and rng.random() < 0.35 and len(line) > 4:
         gone = set(rng.sample(range(len(line)), rng.randint(1, max(1, len(line) // 6))))
         line = "".join(character for position, character in enumerate(line) if position not in gone)
-    if rng.random() < 0.15 and len(line) < 30:
-        front = f"{bot_name}，" if rng.random() < 0.4 and bot_name not in line else rng.choice(FILLERS)
-        line = front + line
+    if rng.random() < 0.3 and len(line) < 30:
+        name = rng.choice((bot_name, *CALLS.get(bot_name, ())))
+        if rng.random() < 0.4 or bot_name in line:
+            return rng.choice(FILLERS) + line
+        line = f"{name}，{line}" if rng.random() < 0.6 else f"{line.rstrip('。！？')}，{name}"
     return line

@@ -68,14 +68,18 @@ class Personas:
         if self.rng.random() < 0.4:
             return self.slots.draw("job", self.rng)
         verb = self.rng.choice(list(self.parts["trade_verbs"]))
-        return (
-            verb + self.rng.choice(self.parts["trade_verbs"][verb]) + "的" + self.rng.choice(self.parts["trade_tails"])
-        )
+        what = self._known_or_invented(self.parts["trade_verbs"][verb])
+        return verb + what + "的" + self.rng.choice(self.parts["trade_tails"])
 
     def _place(self) -> str:
         if self.rng.random() < 0.2:
             return self.slots.draw("place", self.rng)
-        return self.rng.choice(self.parts["place_heads"]) + self.rng.choice(self.parts["place_tails"])
+        return self._known_or_invented(self.parts["place_heads"]) + self.rng.choice(self.parts["place_tails"])
+
+    def _known_or_invented(self, values: list[str]) -> str:
+        if self.rng.random() < self.slots.invented_share:
+            return self.slots.invented(self.rng)
+        return self.rng.choice(values)
 
     def _like(self) -> str:
         verb, slot = self.rng.choice(list(self.parts["likes_heads"].items()))

@@ -23,6 +23,7 @@ LINES = {row["intent"]: row["lines"] for row in read_rows(EVERYDAY / "lines.json
 REPLIES = [row for file in sorted((EVERYDAY / "replies").glob("*.jsonl")) for row in read_rows(file)]
 VOICES = read_rows(EVERYDAY / "voices.jsonl")
 DUETS = read_rows(EVERYDAY / "duets.jsonl")
+TOPICS = read_rows(EVERYDAY / "topics.jsonl")
 
 
 def plain(text: str) -> str:
@@ -53,6 +54,18 @@ def test_no_line_belongs_to_two_intents_and_no_reply_stands_twice():
     assert [line for line, number in lines.items() if number > 1] == []
     replies = Counter((row.get("character") or row["voice"], t) for row in REPLIES + VOICES for t in row["replies"])
     assert [reply for reply, number in replies.items() if number > 1] == []
+
+
+def test_topics_are_sixty_a_character_and_said_nowhere_else():
+    assert Counter(row["character"] for row in TOPICS) == dict.fromkeys(helpers.load_characters(), 60)
+    assert all(5 <= len(row["lines"]) <= 8 and 8 <= len(row["reply"]) <= 45 for row in TOPICS)
+    lines = Counter((row["character"], line.rstrip("。！？!?")) for row in TOPICS for line in row["lines"])
+    assert [line for line, number in lines.items() if number > 1] == []
+    everybody = {line.rstrip("。！？!?") for lines in LINES.values() for line in lines}
+    assert not everybody & {line for _, line in lines}
+    replies = {reply for row in REPLIES for reply in row["replies"]} | {row["reply"] for row in TOPICS}
+    assert len(replies) == sum(len(row["replies"]) for row in REPLIES) + len(TOPICS)
+    assert not re.search(r"[{}]", "".join("".join(row["lines"]) + row["reply"] for row in TOPICS))
 
 
 def test_lines_and_replies_have_a_sensible_length():
@@ -89,7 +102,7 @@ def test_nothing_of_the_lora_set_is_in_training():
 
 
 def test_no_test_line_is_in_training():
-    known = {plain(line) for lines in LINES.values() for line in lines}
+    known = {plain(line) for lines in (*LINES.values(), *(row["lines"] for row in TOPICS)) for line in lines}
     known |= {plain(query) for dialogue in load_dialogues() for query, _ in dialogue.history if query}
     for name in ("parts.json", "memory.json"):
         known |= {plain(text) for text in re.findall(r'"([^"]+)"', (EVERYDAY / name).read_text(encoding="utf-8"))}
