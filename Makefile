@@ -64,7 +64,7 @@ kernel: $(READY) ## add the kernel "characterglm" to a JupyterLab that is alread
 bench: $(READY) ## every benchmark, short, and its figures in benchmarks/README.md: about 10 minutes on two quiet cores
 	$(VENV_PYTHON) benchmarks/run_all.py
 
-nano: $(READY) ## train CharacterGLM-Nano again: about 90 minutes on two cores
+nano: $(READY) ## train CharacterGLM-Nano again: see the training row of data/nano/README.md for the time
 	PYTHONPATH=scripts $(VENV_PYTHON) -m nano.build
 
 clean: ## remove .venv and caches; outputs/ and models/ stay

@@ -135,4 +135,4 @@ def test_the_cache_gives_the_same_tokens_sooner_and_without_a_stop_the_model_goe
         map(float, re.findall(r"([\d.]+) 毫秒", line)) for line in shown.splitlines() if "四分之一" in line
     ]
     assert without_first < without_last and with_last < without_last / 2
-    assert re.search(r"(\\n)+\w", shown), "text goes on after the newline; it is shown as a repr"
+    assert re.search(r"(\\n)+\S", shown), "text goes on after the newline; it is shown as a repr"

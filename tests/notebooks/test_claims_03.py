@@ -1,12 +1,15 @@
 """What notebook 03 says under its outputs is what its stored outputs show."""
 
 import ast
+import json
 import re
 
 import pytest
 import rules
 from nbformat import NotebookNode
 from rules import said, the_cell
+
+from helpers.model.loading import NANO_DIR
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_the_two_prompts_differ_in_the_name_and_so_does_what_the_model_expects(n
     assert all(text.rstrip().endswith("[客人]我叫什么名字？\n[苏梦远]") for text in (with_name, without))
     answers = said(notebook, "def chances(")
     chances = [float(chance) for chance in re.findall(r"的概率：.* = ([\d.]+)%", answers)]
-    assert len(chances) == 2 and chances[0] != chances[1]
+    assert chances[0] > 90 > 0.1 > chances[1]
     verdicts = re.findall(r"\] (.*)\n  回复里有“小林”：(True|False)", answers)
     assert [str("小林" in reply) for reply, _ in verdicts] == [verdict for _, verdict in verdicts] and len(
         verdicts
@@ -77,7 +80,21 @@ def test_a_reply_grows_while_the_cell_goes_on_and_stops_in_the_middle(notebook):
 def test_the_facts_are_counted_as_the_replies_have_them(notebook):
     counts = re.findall(r"^(..的人设)：四个事实里说出了 (\d) 个 (\[.*\])$", said(notebook, "vague = "), re.MULTILINE)
     assert [title for title, *_ in counts] == ["空泛的人设", "具体的人设"]
-    assert all(int(count) == found.count("'") // 2 for _, count, found in counts)
+    assert [count for _, count, _ in counts] == ["0", "0"] and all(found == "[]" for *_, found in counts)
+    vague, concrete = map(float, re.findall(r"“望潮”的概率：(\S+)", said(notebook, "vague = ")))
+    assert 1000 < concrete / vague < 10_000 and concrete < 1e-3
+
+
+def test_what_nano_finds_is_what_its_evaluation_says(notebook):
+    found = json.loads((NANO_DIR / "evaluation.json").read_text(encoding="utf-8"))
+    text = rules.markdown(notebook)
+    assert (
+        f"有历史时答对 {found['memory_with_history'] * 100:.0f} %，没有时 {found['memory_without_history']:.0f} %"
+        in text
+    )
+    name, itself, place = (int(100 * found[f"persona_{topic}"]) for topic in ("name", "self", "place"))
+    assert f"答对名字 {name} %、自称 {itself} %、住处 {place} %" in text
+    assert max(found["persona_like"], found["persona_job"]) < 0.05
 
 
 def test_a_card_comes_back_out_of_its_picture(notebook):
