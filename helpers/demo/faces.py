@@ -56,8 +56,13 @@ def icon(name: str) -> str:
 
 
 def picture_face(picture: bytes) -> str:
-    """The upper middle of a picture as a `face` of 96 x 96 pixels, some kilobytes of text. Raises CharacterError."""
+    """The upper middle of a picture as a `face` of 96 x 96 pixels, some kilobytes of text; "" for one plain colour.
+
+    Raises CharacterError.
+    """
     image, file = open_image(picture).convert("RGB"), io.BytesIO()
+    if image.getcolors(1):  # as `export_card_png` draws it where there is no picture
+        return ""
     ImageOps.fit(image, (96, 96), centering=(0.5, 0.2)).save(file, "JPEG")
     return PICTURE + base64.b64encode(file.getvalue()).decode()
 

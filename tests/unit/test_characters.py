@@ -509,7 +509,9 @@ def test_example_dialogues_become_turns():
 def test_a_cards_own_picture_is_its_face(tmp_path):
     nano = helpers.load("nano")
     picture = tmp_path / "red.png"
-    Image.new("RGB", (300, 400), "red").save(picture)
+    image = Image.new("RGB", (300, 400), "red")
+    image.putpixel((0, 399), (0, 0, 255))
+    image.save(picture)
     png = helpers.export_card_png(CharacterCard(bot_name="小满", bot_info="守灯塔。"), picture)
     meta = open_file(*nano, png).session_meta
     shown = re.fullmatch(
@@ -520,6 +522,9 @@ def test_a_cards_own_picture_is_its_face(tmp_path):
     assert (
         open_file(*nano, helpers.export_card_png(helpers.get_character("李白"), picture)).session_meta.face
         == "bun beard"
+    )
+    assert open_file(*nano, helpers.export_card_png(CharacterCard(bot_name="小满"))).session_meta.face == "", (
+        "one plain colour"
     )
     broken = png[: png.index(b"IDAT") + 12] + bytes(64) + png[png.index(b"IDAT") + 76 :]
     assert open_file(*nano, broken).session_meta.bot_name == "小满"
