@@ -84,12 +84,13 @@ class WebChat:
 
     # --- what the reader does; each takes the tab first and returns what changes on the page, or None to draw it again
 
-    def _open(self, key: str) -> dict:
-        # No generator: Gradio sends what it yielded once more when it ends, over what was clicked in the meantime.
+    async def _open(self, key: str) -> AsyncIterator[dict]:
         key, conversations = self.visitors.get(key)
         tab = Tab(conversations, conversations.name, at_home=not conversations.visited)
         known = {self.view.visitor: key, self.view.tab: tab, self.view.clock: gr.Timer(active=True)}
-        return {**known, **self.draw_all(tab)}
+        yield {**known, **self.draw_all(tab)}
+        async for changes in self.follow(tab):
+            yield changes
 
     def go(self, tab: Tab, name: str, at_home: bool = False) -> dict:
         """Show a conversation, or the gallery."""
@@ -203,8 +204,7 @@ class WebChat:
         view = self.view
         components = [each for each in view.blocks.blocks.values() if isinstance(each, gr.Component)]
         self._everything = [*components, view.editor, view.home, view.chat, view.drawer]
-        opened = view.blocks.load(self._open, view.visitor, self._everything, api_name="open", **HIDDEN)
-        opened.then(**self._event("follow", self.draw))
+        view.blocks.load(self._open, view.visitor, self._everything, api_name="open", **HIDDEN)
         view.blocks.load(_hold_stream, None, None, api_name="stream", **HIDDEN)
         sent = gr.on(
             [view.box.submit, view.buttons["send"].click],
@@ -242,7 +242,7 @@ class WebChat:
 
     def _act(self, tab: Tab, event: gr.EventData) -> dict | None:
         what, at = str(event._data.get("what")), str(event._data.get("at"))
-        if what not in self.actions or (what not in ("previous", "next") and tab.clicked_twice(what, at)):
+        if what not in self.actions or (what not in ("previous", "next", "edit") and tab.clicked_twice(what, at)):
             return gr.skip()
         done = self.actions[what](tab, at)
         return done if isinstance(done, dict) else None

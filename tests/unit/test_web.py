@@ -96,7 +96,6 @@ class Tab:
         """Wait until the page shows everything."""
         self.end(self.opening)
         self.key = self.shown["browserstate"]
-        self("follow")  # what the page does next: a reply may be growing
         return self
 
     def __call__(self, name, *values):
