@@ -69,7 +69,7 @@ def picture_face(picture: bytes) -> str:
 
 def face(name: str, features: str = "") -> str:
     """The inside of an SVG of 48 x 48: a picture, or keys of `BEHIND` and `ON`, by default two chosen by the name."""
-    if features.startswith(PICTURE) and re.fullmatch(r"[A-Za-z0-9+/=]+", features.removeprefix(PICTURE)):
+    if re.fullmatch(rf"{PICTURE}[A-Za-z0-9+/=]+", features):
         return f'<image href="{features}" width="48" height="48"/>'
     number = sum(name.encode())
     wanted = features.split() or [("short", "long", "bun")[number % 3], ("glasses", "flower", "", "")[number // 3 % 4]]

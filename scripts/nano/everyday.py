@@ -195,7 +195,7 @@ class Everyday:
 def vary(line: str, bot_name: str, rng: random.Random, whole: bool) -> str:
     """Changes that no meaning depends on: the last mark, a call or a filler in front, characters left out.
 
-    A model that meets the same 7,400 lines a hundred times knows them by heart; these keep it looking at every word.
+    A model that meets the same 18,000 lines again and again knows them by heart; these keep it looking at every word.
     A line with a value in it stays `whole`: the reply may repeat the value.
     """
     if rng.random() < 0.3 and len(line) > 2:

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from playwright.sync_api import Page, sync_playwright  # noqa: E402
+from sillytavern_page import BROWSERS, OPTIONS  # noqa: E402
 
 import helpers  # noqa: E402
 from helpers.demo.web import launch  # noqa: E402
@@ -55,10 +56,9 @@ def visit(page: Page, axe: str):
 
 def main() -> int:
     axe, model, serious = get_axe(), helpers.load("nano", dtype="float32", device_map="cpu"), 0
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=browser, args=OPTIONS)
         for language in ("zh", "en"):
             with launch(*model, port=0, language=language) as demo:
                 for theme, (width, height) in product(("light", "dark"), SIZES):
