@@ -84,13 +84,12 @@ class WebChat:
 
     # --- what the reader does; each takes the tab first and returns what changes on the page, or None to draw it again
 
-    async def _open(self, key: str) -> AsyncIterator[dict]:
+    def _open(self, key: str) -> dict:
+        # No generator: Gradio sends what it yielded once more when it ends, over what was clicked in the meantime.
         key, conversations = self.visitors.get(key)
         tab = Tab(conversations, conversations.name, at_home=not conversations.visited)
         known = {self.view.visitor: key, self.view.tab: tab, self.view.clock: gr.Timer(active=True)}
-        yield {**known, **self.draw_all(tab)}
-        async for changes in self.follow(tab):
-            yield changes
+        return {**known, **self.draw_all(tab)}
 
     def go(self, tab: Tab, name: str, at_home: bool = False) -> dict:
         """Show a conversation, or the gallery."""
@@ -204,7 +203,8 @@ class WebChat:
         view = self.view
         components = [each for each in view.blocks.blocks.values() if isinstance(each, gr.Component)]
         self._everything = [*components, view.editor, view.home, view.chat, view.drawer]
-        view.blocks.load(self._open, view.visitor, self._everything, api_name="open", **HIDDEN)
+        opened = view.blocks.load(self._open, view.visitor, self._everything, api_name="open", **HIDDEN)
+        opened.then(**self._event("follow", self.draw))
         view.blocks.load(_hold_stream, None, None, api_name="stream", **HIDDEN)
         sent = gr.on(
             [view.box.submit, view.buttons["send"].click],

@@ -79,7 +79,7 @@ def url(nano):
 class Tab:
     """One tab: calls what the components call and keeps what they then show."""
 
-    def __init__(self, url, key="", wait=True, **options):
+    def __init__(self, url, key="", **options):
         self.client = Client(url, verbose=False, **options)
         types = {component["id"]: component for component in self.client.config["components"]}
         event = next(event for event in self.client.config["dependencies"] if event["api_name"] == "open")
@@ -88,15 +88,8 @@ class Tab:
         self.shown, self.steps, self.clicks = {}, [], deque()
         self.act = next(d["id"] for d in self.client.config["dependencies"] if d["api_name"] == "act")
         self.client.send_data = partial(self.send_data, self.client.send_data)
-        self.opening = self.client.submit(key, api_name="/open")  # not the click on a character
-        if wait:
-            self.opened()
-
-    def opened(self):
-        """Wait until the page shows everything."""
-        self.end(self.opening)
+        self.end(self.client.submit(key, api_name="/open"))  # not the click on a character
         self.key = self.shown["browserstate"]
-        return self
 
     def __call__(self, name, *values):
         return self.end(self.begin(name, *values))
@@ -515,10 +508,11 @@ def test_reload_during_a_reply_loses_nothing(tab, url, nano):
         job = tab.begin("send", "讲个故事")
         wait_until(lambda: len(job.outputs()) > 2)
         job.cancel()
-        reloaded = Tab(url, tab.key, wait=False)
-        wait_until(lambda: reloaded.opening.outputs())
+        reloaded = Tab(url, tab.key)
+        following = reloaded.begin("follow")  # as the browser does after "open"
+        wait_until(lambda: following.outputs())
         go_on.set()
-        reloaded.opened()
+        reloaded.end(following)
     drafts = {step[reloaded.names.index("draft")] for step in reloaded.steps}
     assert len(drafts) > 3, "it goes on growing on the new page"
     assert reloaded.texts()[1] == "讲个故事" and len(reloaded.texts()) == 3
