@@ -13,6 +13,11 @@ quiet=()
 say() { printf '%s\n' "$*"; }
 fail() { printf '%s\n' "$*" >&2; exit 1; }
 
+# setuptools takes {name} and $name in a path for variables, and ends in a traceback after minutes of downloads.
+case $PWD in
+    *[{}$]*) fail "文件夹的路径里有 { } 或 $ [unusable path]：$PWD，setuptools 装不了，请改名或换一个文件夹，再运行一次" ;;
+esac
+
 # The real interpreter behind a command (through pyenv shims and virtual environments), if it is new enough.
 new_enough_python() {
     "$1" -c '

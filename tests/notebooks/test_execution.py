@@ -1,5 +1,6 @@
 """Every notebook runs headless on Nano, from any folder; what cannot run says why."""
 
+import ast
 import functools
 import json
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from rules import exercises
 
 from helpers.characters.dialogues import load_dialogues
@@ -96,6 +98,46 @@ def test_every_cell_runs_twice_and_every_solution_is_right(number: str, tmp_path
     solved = [cell for cell in executed if "solved" in cell.metadata.get("tags", [])]
     said = ["".join(output.get("text", "") for output in cell.outputs) for cell in solved]
     assert len(said) == 4 and all(text.startswith("对") for text in said), said
+
+
+INTERRUPT = """{imports}
+import os, signal, threading
+interrupt = threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT))
+interrupt.start()
+{source}
+interrupt.cancel()"""
+
+
+def imports(source: str) -> str:
+    """The import lines of a cell: torch, interrupted while it is imported, needs a new kernel."""
+    if source.startswith(("!", "%")):
+        return ""
+    lines = [line for line in source.splitlines() if not line.startswith("!")]
+    found = [node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "\n".join(map(ast.unparse, found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "seconds"), [("01", 0.3), ("02", 1.0), ("03", 0.3), ("04", 3.0)])
+def test_every_cell_can_be_interrupted_and_run_again(number: str, seconds: float, tmp_path: Path) -> None:
+    """A reader who stops a cell that takes long, and runs it once more, gets to the end."""
+    (path,) = find_notebooks([number])
+    notebook = nbformat.read(path, as_version=4)
+    values = {"MODEL": "nano", "OUTPUT_DIR": str(tmp_path / "out"), **SMALL.get(number, {})}
+    cells = []
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+        elif cell.cell_type == "code" and not cell.source.startswith("%%"):
+            stopped = INTERRUPT.format(seconds=seconds, source=cell.source, imports=imports(cell.source))
+            cells.append(nbformat.v4.new_code_cell(stopped, metadata={"tags": ["raises-exception"]}))
+        cells.append(cell)
+    notebook.cells = cells
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    raised = [output.ename for cell in cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    # An `await` that is interrupted ends in CancelledError.
+    assert raised and set(raised) <= {"KeyboardInterrupt", "CancelledError", "AssertionError"}, raised
+    assert raised.count("AssertionError") <= 1, "only what checks a script that was stopped may say so"
 
 
 @pytest.mark.slow

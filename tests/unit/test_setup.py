@@ -131,6 +131,14 @@ def test_a_chosen_python_is_never_replaced_by_another(project: Path, tmp_path: P
         assert f"PYTHON={python}" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["br{a}ces", "$money"])
+def test_a_folder_that_setuptools_cannot_install_from_is_refused_at_once(project: Path, name: str) -> None:
+    moved = project.rename(project.with_name(name))
+    done = shell(moved, "bash", "scripts/setup.sh")
+    assert done.returncode == 1 and "[unusable path]" in done.stderr and name in done.stderr
+    assert not (moved / ".venv").exists()
+
+
 def test_missing_venv_module_says_what_to_type(project: Path, tmp_path: Path) -> None:
     python = fake_python(tmp_path / "python3")
     with (tmp_path / "python3_packages" / "sitecustomize.py").open("a") as file:
