@@ -29,7 +29,7 @@ from helpers.model.loading import NANO_DIR
 
 from .compose import Composer
 from .everyday import EVERYDAY, read_rows
-from .model import new_model
+from .model import new_model, take_weights
 from .tokenizer import LineEncoder, train_tokenizer
 from .training import Training
 
@@ -75,7 +75,7 @@ def prepare(work: Path, seed: int, broad_tokens: int, start: Path | None = None)
     (work / "config.json").write_text('{"model_type": "chatglm"}')
     tokenizer = AutoTokenizer.from_pretrained(work)
     composer = Composer(LineEncoder(tokenizer), training_dialogues(), random.Random(seed))
-    return Training(new_model(tokenizer), composer.batches(broad_tokens)), tokenizer
+    return Training(new_model(tokenizer), composer.batches(broad_tokens), len(composer.meanings)), tokenizer
 
 
 def write(training: Training, work: Path, log: dict) -> None:
@@ -111,9 +111,8 @@ def main(
     training, _ = prepare(work, seed, broad, start)
     training.bfloat16 = bfloat16
     if start:
-        first, _ = helpers.load(start)
-        weights = {name: weight for name, weight in first.state_dict().items() if name != "lm_head.weight"}
-        training.model.load_state_dict(weights, strict=False)  # the output matrix is the embedding
+        with torch.no_grad():
+            take_weights(training.model, helpers.load(start)[0])
     if resume:
         training.restore(resume)
 

@@ -42,9 +42,12 @@ class Composer:
         self.duets = Deck(read_rows(EVERYDAY / "duets.jsonl"), rng)
         self.dialogue_share = 0.1  # of the exchanges with the usual partner: a whole dialogue instead
         self.names = Deck(list(self.cards), rng)
+        recalled = [f"recall {kind}" for kind in self.memory.kinds]
+        known = [*self.everyday.lines, *self.personas.parts["questions"], *recalled]
+        self.meanings = {meaning: number for number, meaning in enumerate(known)}  # of what users say
         self.kinds, self.question_share = BROAD, 0.7
 
-    def batches(self, broad_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, broad_tokens: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """Batches of `TOKENS_PER_BATCH` tokens, rows of one length each.
 
         Until `broad_tokens` all of a row is learnt, persona and user lines too, as language to know; after that, in
@@ -62,7 +65,7 @@ class Composer:
             if size == TOKENS_PER_BATCH:
                 for row in rows:
                     row.learnt = range(len(row.ids) - 1)
-            yield to_batch(rows, length)
+            yield to_batch(rows, length, self.meanings)
             read += size
 
     def focus(self) -> None:
@@ -85,19 +88,19 @@ class Composer:
             session.user_name = self.slots.name(rng)
         row = Row.begin(self.encoder, session)
         if usual and rng.random() < 0.15:
-            row.add(self.encoder, session, "", card.greeting, length)
+            row.add(self.encoder, session, length, "", card.greeting)
         talk = self._talk(session, card.bot_name, card.user_name, self._words(session))
-        for query, reply in talk:
+        for exchange in talk:
             if usual and rng.random() < self.dialogue_share and not self._dialogue(row, session, card.bot_name, length):
                 break
-            if not row.add(self.encoder, session, query, reply, length):
+            if not row.add(self.encoder, session, length, *exchange):
                 break
         return row
 
     def _dialogue(self, row: Row, session: SessionMeta, name: str, length: int) -> bool:
         """Append a dialogue of data/dialogues as far as it fits; its greeting only where nothing was said before."""
         for query, reply in self.dialogues[name].draw().history:
-            if (query or not row.exchanges) and not row.add(self.encoder, session, query, reply, length):
+            if (query or not row.exchanges) and not row.add(self.encoder, session, length, query, reply):
                 return False
         return True
 
@@ -111,7 +114,8 @@ class Composer:
         talk = self._talk(session, persona.voice, None, words, {"job": facts["job"], "like": facts["like"]})
         while True:
             ask = self.rng.random() < self.question_share or not persona.voice
-            if not row.add(self.encoder, session, *(self.personas.question(persona) if ask else next(talk)), length):
+            exchange = self.personas.question(persona) if ask else next(talk)
+            if not row.add(self.encoder, session, length, *exchange):
                 return row
 
     def duet_row(self, length: int) -> Row:
@@ -130,10 +134,10 @@ class Composer:
         row = Row.begin(self.encoder, session)
         lines = duet["lines"] if bot == 1 else ["", *duet["lines"]]  # the first line is a's
         for query, reply in zip(lines[::2], lines[1::2]):
-            if not row.add(self.encoder, session, query, reply, length):
+            if not row.add(self.encoder, session, length, query, reply):
                 return row
-        for query, reply in self._talk(session, names[bot], bot_card.user_name, self._words(session)):
-            if not row.add(self.encoder, session, query, reply, length):
+        for exchange in self._talk(session, names[bot], bot_card.user_name, self._words(session)):
+            if not row.add(self.encoder, session, length, *exchange):
                 return row
         return row
 

@@ -48,14 +48,14 @@ CALLS = {
     "诸葛亮": ("孔明", "军师", "先生", "丞相"),
     "李白": ("太白", "太白兄", "李兄", "诗仙"),
     "福尔摩斯": ("老福", "夏洛克", "大侦探", "福先生"),
-    "沈知微": ("沈医生", "知微", "沈大夫"),
+    "沈知微": ("知微", "沈老板", "沈姐姐"),
     "阿九": ("九号", "小九", "阿九呀"),
     "陈阿婆": ("阿婆", "外婆", "婆婆"),
     "顾长风": ("长风", "顾大侠", "长风大哥", "顾兄"),
     "夏星野": ("星野", "小夏", "夏同学"),
     "白小狸": ("小狸", "小狐狸", "狐仙姑娘"),
     "大黄": ("黄黄", "大黄猫", "猫大爷"),
-    "秦朗": ("秦队", "老秦", "秦队长", "朗哥"),
+    "秦朗": ("秦医生", "秦老师", "秦大夫", "朗哥"),
 }
 
 
@@ -155,9 +155,11 @@ class Everyday:
                 # The first reply counts twice: of two equally likely ones a small model makes a mixture.
                 texts = [row["replies"][0], *row["replies"]]
                 self.replies.setdefault(speaker, []).extend((row["intent"], text) for text in texts)
-        for number, row in enumerate(read_rows(directory / "topics.jsonl")):  # of one character's own world
-            self.lines[f"topic_{number}"] = row["lines"]
-            self.replies[row["character"]].append((f"topic_{number}", row["reply"]))
+        # What belongs to one character: its own world, and (three times as often) the first lines the page offers.
+        own = [*read_rows(directory / "topics.jsonl"), *read_rows(directory / "openers.jsonl") * 3]
+        for row in own:
+            self.lines[row["lines"][0] + row["character"]] = row["lines"]
+            self.replies[row["character"]].append((row["lines"][0] + row["character"], row["reply"]))
         self.line_decks = {intent: Deck(lines, rng) for intent, lines in self.lines.items()}
         self.by_intent = {}
         for speaker, replies in self.replies.items():
@@ -174,7 +176,7 @@ class Everyday:
             self.decks[speaker] = Deck(first, self.rng)
 
     def exchange(self, speaker: str, session: SessionMeta, partner: str | None, words: dict, facts: dict) -> list[str]:
-        """[line, reply] of the next intent of `speaker`, a character or a voice.
+        """[line, reply, intent] of the next intent of `speaker`, a character or a voice.
 
         `words` fills slots of both; `facts`, those of a generated persona, only where the reply speaks of itself.
         """
@@ -184,7 +186,7 @@ class Everyday:
         template = self.line_decks[intent].draw()
         line = self.slots.fill(template, chosen, self.rng)
         reply = self.slots.fill(reply, facts | chosen, self.rng)
-        return [vary(line, session.bot_name, self.rng, whole="{" in template), reply]
+        return [vary(line, session.bot_name, self.rng, whole="{" in template), reply, intent]
 
     def reply(self, speaker: str, intent: str, chosen: dict[str, str]) -> str:
         """A reply of `speaker` to an intent, with the slots that the line has chosen; "" if there is none."""

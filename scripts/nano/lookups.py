@@ -22,7 +22,7 @@ def persona_lookups(model, tokenizer, seed: int, count: int = 40) -> dict[str, l
     for _ in range(count):
         persona = personas.draw()
         for topic in QUESTIONS:
-            question, _ = personas.question(persona, topic)
+            question, *_ = personas.question(persona, topic)
             reply, _ = helpers.chat(model, tokenizer, persona.session, question, **GREEDY)
             fact = persona.facts[topic]
             results[topic].append([fact.strip("《》") in reply, question, reply, fact])
@@ -43,7 +43,7 @@ def memory_lookups(model, tokenizer, seed: int, count: int = 60) -> list[dict]:
         history = []
         for line in (said, *rng.sample(SMALL_TALK, rng.randint(1, 3))):
             _, history = helpers.chat(model, tokenizer, session, line, history, **GREEDY)
-        question, _ = memory.question(card.bot_name, kind, value, words)
+        question, *_ = memory.question(card.bot_name, kind, value, words)
         known, history = helpers.chat(model, tokenizer, session, question, history, **GREEDY)
         unknown, _ = helpers.chat(model, tokenizer, session, question, **GREEDY)
         results.append(

@@ -29,8 +29,8 @@ class Memory:
         return [said, reply or self.voice(speaker)["noted"].format(v=value, **words)], value
 
     def question(self, speaker: str, kind: str, value: str, words: dict[str, str]) -> list[str]:
-        """[question, answer]; without a value the character says that it was never told."""
+        """[question, answer, meaning]; without a value the character says that it was never told."""
         voice = self.voice(speaker)
         core = self.rng.choice(self.kinds[kind]["core"]).format(v=value, you=voice["you"])
         answer = self.rng.choice(voice["yes" if value else "no"]).format(core=core, **words)
-        return [self.rng.choice(self.kinds[kind]["ask"]), answer]
+        return [self.rng.choice(self.kinds[kind]["ask"]), answer, f"recall {kind}"]

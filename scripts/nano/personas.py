@@ -49,10 +49,10 @@ class Personas:
         return Persona(session, facts, voice)
 
     def question(self, persona: Persona, topic: str = "") -> list[str]:
-        """[question, answer] about one fact of the persona."""
+        """[question, answer, topic] about one fact of the persona."""
         topic = topic or self.rng.choice((*QUESTIONS, "habit"))
         answer = self._fill(self.rng.choice(self.parts["answers"][topic]), persona.facts)
-        return [self.rng.choice(self.parts["questions"][topic]), answer]
+        return [self.rng.choice(self.parts["questions"][topic]), answer, topic]
 
     def _fresh(self, draw) -> str:
         """A value on the right side of the hold-out. 我 is of neither side: most people call themselves that."""

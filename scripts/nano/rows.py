@@ -16,6 +16,7 @@ class Row:
 
     ids: list[int]
     learnt: list[int] = field(default_factory=list)
+    meanings: dict[int, str] = field(default_factory=dict)  # where a reply begins: what the line before it means
     exchanges: int = 0
 
     @classmethod
@@ -28,7 +29,7 @@ class Row:
                 row.ids += [*encoder.encode(f"关于{name}的信息：{info}"), NEWLINE_ID]
         return row
 
-    def add(self, encoder: LineEncoder, session: SessionMeta, query: str, reply: str, limit: int) -> bool:
+    def add(self, encoder, session: SessionMeta, limit: int, query: str, reply: str, meaning: str = "") -> bool:
         """Append an exchange if it fits; an empty query lets the character begin."""
         asked = [*encoder.encode(f"[{session.user_name}]"), *encoder.encode(query), NEWLINE_ID] if query else []
         name = encoder.encode(f"[{session.bot_name}]")
@@ -38,15 +39,22 @@ class Row:
             return False
         self.ids += asked + name + answer
         self.learnt += range(start - len(name), start + len(answer) - 1)  # the name too: it can only be copied
+        if meaning:
+            self.meanings[start - 1] = meaning
         self.exchanges += 1
         return True
 
 
-def to_batch(rows: list[Row], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, positions to learn in the flattened batch); rows are filled up with 0 on the right."""
+def to_batch(rows: list[Row], length: int, numbers: dict[str, int]) -> tuple[torch.Tensor, ...]:
+    """(ids, positions to learn, positions where a reply begins, what it answers); positions are of the flattened batch.
+
+    Rows are filled up with 0 on the right; `numbers` gives each meaning its number.
+    """
     ids = torch.zeros(len(rows), length, dtype=torch.long)
-    positions = []
+    positions, begins, meanings = [], [], []
     for number, row in enumerate(rows):
         ids[number, : len(row.ids)] = torch.tensor(row.ids)
         positions += [number * length + position for position in row.learnt]
-    return ids, torch.tensor(positions)
+        begins += [number * length + position for position in row.meanings]
+        meanings += [numbers[meaning] for meaning in row.meanings.values()]
+    return ids, torch.tensor(positions), torch.tensor(begins), torch.tensor(meanings)
