@@ -40,7 +40,7 @@ TOLERANCE = 0.05
 PAGES_PER_TENSOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 SHAPES = {
     "tiny": {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 160, "padded_vocab_size": 512},
-    "Nano": {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 640, "padded_vocab_size": 4096},
+    "Nano": {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 1920, "padded_vocab_size": 4096},
     "34M": {"num_layers": 6, "hidden_size": 512, "ffn_hidden_size": 1408, "padded_vocab_size": 16384},
     "100M": {"num_layers": 8, "hidden_size": 768, "ffn_hidden_size": 2048, "padded_vocab_size": 32768},
     "313M": {"num_layers": 16, "hidden_size": 1024, "ffn_hidden_size": 2816, "padded_vocab_size": 65024},

@@ -87,7 +87,7 @@ class Composer:
         else:
             session.user_name = self.slots.name(rng)
         row = Row.begin(self.encoder, session)
-        if usual and rng.random() < 0.15:
+        if usual and rng.random() < 0.5:
             row.add(self.encoder, session, length, "", card.greeting)
         talk = self._talk(session, card.bot_name, card.user_name, self._words(session))
         for exchange in talk:
