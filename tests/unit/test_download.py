@@ -175,7 +175,7 @@ def test_download_gives_a_model_that_loads(machine, hub, capsys):
     assert_same_as_nano(target)
     assert "downloaded and verified" in capsys.readouterr().out
     model, _ = helpers.load(target)
-    assert model.num_parameters() == 4_722_432
+    assert model.num_parameters() == 8_654_592
 
 
 def test_a_second_start_is_one_line_and_asks_nobody(machine, hub, capsys):
@@ -218,7 +218,7 @@ def test_safetensors_are_taken_if_the_hub_has_nothing_else(machine, hub, tmp_pat
     target = helpers.download_model()
     assert {"model.safetensors", "config.json"} <= hub.requested()
     assert "model.onnx" not in hub.requested()
-    assert helpers.load(target)[0].num_parameters() == 4_722_432
+    assert helpers.load(target)[0].num_parameters() == 8_654_592
 
 
 def write_safetensors(file):

@@ -97,7 +97,7 @@ def test_a_row_holds_parts_sum_and_verdict():
     assert list(found.row()) == ["权重", "KV cache", "LoRA", "优化器", "激活", "合计 GiB", "24 GiB 显存"]
     assert found.row()["LoRA"] == "-"
     assert found.row()["24 GiB 显存"] == "够"
-    assert str(found).startswith("chat：权重 0.02")
+    assert str(found).startswith("chat：权重 0.03")
     assert helpers.estimate("chat", "nano", gpu=0.5).row()["0.5 GiB 显存"] == "不够"
 
 

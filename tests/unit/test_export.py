@@ -157,7 +157,7 @@ def adapter(tmp_path_factory):
     tuned = add_lora(model, "all-linear", r=4)
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.02)
+            torch.nn.init.normal_(weight, std=0.05)
     directory = tmp_path_factory.mktemp("adapter")
     tuned.save_pretrained(directory)
     (directory / "card.json").write_text(json.dumps(persona(bot_name="鲁智深")))
