@@ -768,7 +768,9 @@ def loss_lines(output: str) -> list[tuple[str, float]]:
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(small_file, tmp_path):
     """One process with batch 8, two with batch 4: the same rows in every step, each once, so the same losses."""
-    common = ["--data", small_file, "--dropout", 0, "--set", "logging_steps", 1, "--set", "max_steps", 8]
+    # A small rate: AdamW's first steps are of the same size however small a gradient is, so that rounding is made large.
+    common = ["--data", small_file, "--dropout", 0, "--learning-rate", 1e-4]
+    common += ["--set", "logging_steps", 1, "--set", "max_steps", 8]
     one = command(*common, "--batch-size", 8, "--output-dir", tmp_path / "one", launch=["-m", "helpers", "finetune"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -791,7 +793,7 @@ def test_two_processes_do_what_one_does(small_file, tmp_path):
     assert len(loss_lines(two.stdout)) == len(loss_lines(one.stdout)) > 8
     for (step, loss), (step_of_two, loss_of_two) in zip(loss_lines(one.stdout), loss_lines(two.stdout)):
         assert step == step_of_two
-        assert loss_of_two == pytest.approx(loss, abs=1e-2)  # sums in another order: 6.46 and 6.4625 were seen
+        assert loss_of_two == pytest.approx(loss, abs=2e-3)  # sums in another order
 
 
 def test_command_trains_and_merges(small_file, tmp_path, monkeypatch, capsys):
