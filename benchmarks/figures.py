@@ -24,6 +24,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from support.report import JsonFile, Quick, publish
 from support.rounds import ROUNDS
+from support.talk import random_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import helpers
@@ -147,11 +148,6 @@ def measure_lora(model, batch: int, tokens: int, steps: int) -> dict:
         "peak_bytes": peak_bytes(device),
         "estimated_bytes": expected,
     }
-
-
-def random_ids(rows: int, tokens: int) -> torch.Tensor:
-    """Token ids [rows, tokens] that both Nano and the 6B have, without control tokens."""
-    return torch.randint(300, 4000, (rows, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def estimated(model, task: str, **options) -> int:

@@ -22,7 +22,7 @@ import typer
 from support.memory import PeakMemory
 from support.report import JsonFile, Quick, Threads, publish
 from support.rounds import ROUNDS, Ratio, in_turns
-from support.talk import Clock
+from support.talk import Clock, random_ids
 
 import helpers
 from helpers.model.modeling import CharacterGLMConfig
@@ -30,8 +30,6 @@ from helpers.paths import PROJECT_DIR
 
 sys.path.append(str(PROJECT_DIR / "scripts"))
 from write_6b_shape import write_random_checkpoint  # noqa: E402 - found on the path just extended
-
-IDS = (300, 4000)  # tokens that both Nano, whose tokenizer the checkpoint has, and the 6B know
 
 
 def main(
@@ -77,7 +75,7 @@ def main(
 
 def measure(model, prompt_tokens: int, new_tokens: int) -> dict[str, list[float]]:
     """Seconds to the first token, for each one after it, and for reading the weights, round by round."""
-    ids = torch.randint(*IDS, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(1, prompt_tokens)
     weights = [weight for name, weight in model.named_parameters() if "embed_tokens" not in name]
 
     def write(_: int) -> tuple[float, float]:

@@ -24,6 +24,11 @@ def prompts(tokenizer, count: int) -> list[list[int]]:
     return [encode_prompt(tokenizer, d.card, d.history[-1][0], d.history[:-1]) for d in dialogues]
 
 
+def random_ids(rows: int, tokens: int) -> torch.Tensor:
+    """Token ids [rows, tokens] that both Nano and the 6B have, without control tokens."""
+    return torch.randint(300, 4000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+
 def token_rate(tokenizer, texts: list[str], seconds: float) -> float:
     """Tokens a second, counted by encoding the replies again, in the same way for every side; each has one more, its end."""
     return sum(len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts) / seconds

@@ -111,8 +111,7 @@ def main(
     training, _ = prepare(work, seed, broad, start)
     training.bfloat16 = bfloat16
     if start:
-        with torch.no_grad():
-            take_weights(training.model, helpers.load(start)[0])
+        take_weights(training.model, helpers.load(start)[0])
     if resume:
         training.restore(resume)
 

@@ -158,8 +158,9 @@ class Everyday:
         # What belongs to one character: its own world, and (three times as often) the first lines the page offers.
         own = [*read_rows(directory / "topics.jsonl"), *read_rows(directory / "openers.jsonl") * 3]
         for row in own:
-            self.lines[row["lines"][0] + row["character"]] = row["lines"]
-            self.replies[row["character"]].append((row["lines"][0] + row["character"], row["reply"]))
+            intent = row["lines"][0] + row["character"]
+            self.lines[intent] = row["lines"]
+            self.replies[row["character"]].append((intent, row["reply"]))
         self.line_decks = {intent: Deck(lines, rng) for intent, lines in self.lines.items()}
         self.by_intent = {}
         for speaker, replies in self.replies.items():
