@@ -1,10 +1,12 @@
 """How many more samples a second does LoRA training learn from if rows are not padded to 512 tokens?
 
-The usual lesson's recipe (batch 4, every row padded to 512 tokens) against others on the same batch size:
+The usual lesson's recipe (batch 4, every row padded to 512 tokens) against others, on the same batch size but for the
+last:
 
 - rows of similar length together, padded to the longest, logits only from the first learned token on (`pad`);
 - packing: the rows behind each other in one sequence, no padding (transformers' `DataCollatorWithFlattening`);
-- what `helpers.finetune` does: packing with the persona, which all rows begin with, computed once (`share_prefix`);
+- what `helpers.finetune` does: packing with the persona, which all rows begin with, computed once (`share_prefix`),
+  and once more with the batch of 8 that it takes if none is named;
 - TRL's SFTTrainer, if it is installed, on the grouped rows: padded to the longest, and without padding.
 
 Same model, data and precision; whole training steps (forward, backward, optimizer); in alternating order in one run,
@@ -35,13 +37,14 @@ from transformers import DataCollatorWithFlattening
 
 import helpers
 from helpers.finetune import add_lora, collate, describe_lengths, encode_samples, load_samples, pad, read_card
+from helpers.finetune.arguments import DEFAULTS
 from helpers.finetune.command import DEFAULT_CARD, DEFAULT_DATA
 from helpers.finetune.encoding import IGNORED
 from helpers.finetune.training import EpochGroupedSampler
 
 HUANHUAN = Path(__file__).parents[2] / "shared" / "data" / "huanhuan.json"
 HUANHUAN_CARD = {"bot_name": "甄嬛", "bot_info": "皇帝身边的女人。", "user_name": "用户"}
-BATCH, PADDED_TO = 4, 512
+BATCH, OWN_BATCH, PADDED_TO = 4, DEFAULTS["per_device_train_batch_size"], 512
 LESSON, OURS = f"padded to {PADDED_TO}", "helpers.finetune"
 
 
@@ -63,6 +66,7 @@ def main(
         "grouped, padded": Recipe(model, pad, grouped(rows)),
         "packed": Recipe(model, DataCollatorWithFlattening(), grouped(rows)),
         OURS: Recipe(model, collate, grouped(rows)),
+        f"{OURS}, batch {OWN_BATCH}": Recipe(model, collate, grouped(rows, OWN_BATCH), size=OWN_BATCH),
         **trl_recipes(grouped(rows)),
     }
     losses = {name: mean_loss(recipe, rows[:64]) for name, recipe in recipes.items()}
@@ -92,8 +96,8 @@ def compared(speeds: dict[str, list[float]]) -> dict[str, Ratio]:
 class Recipe:
     """A way of training: how rows become a batch, in which order they come, and what a step is."""
 
-    def __init__(self, model, batch: Callable, rows: list[dict], backward: Callable | None = None):
-        self.model, self.batch, self.rows = model, batch, rows
+    def __init__(self, model, batch: Callable, rows: list[dict], backward: Callable | None = None, size: int = BATCH):
+        self.model, self.batch, self.rows, self.size = model, batch, rows, size
         self.backward = backward or (lambda rows: model(**batch(rows)).loss.backward())
         self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
 
@@ -149,9 +153,9 @@ def shuffled(rows: list[dict]) -> list[dict]:
     return [rows[i] for i in order]
 
 
-def grouped(rows: list[dict]) -> list[dict]:
+def grouped(rows: list[dict], size: int = BATCH) -> list[dict]:
     """Rows in the order in which `helpers.finetune` takes them."""
-    return [rows[i] for i in EpochGroupedSampler(BATCH, [len(row["input_ids"]) for row in rows], seed=0)]
+    return [rows[i] for i in EpochGroupedSampler(size, [len(row["input_ids"]) for row in rows], seed=0)]
 
 
 @torch.no_grad()
@@ -170,15 +174,15 @@ def measure(recipes: dict[str, Recipe], repetitions: int, steps: int, clock: Cal
     """Samples a second of each recipe, round by round, on the same `steps` batches in every round."""
 
     def speed(recipe: Recipe, _: int) -> float:
-        return steps * BATCH / run_steps(recipe, representative(recipe.rows, steps), clock)
+        return steps * recipe.size / run_steps(recipe, representative(recipe.rows, steps, recipe.size), clock)
 
     sides = {name: partial(speed, recipe) for name, recipe in recipes.items()}
     return in_turns(sides, range(repetitions + 1), warm_up=True)
 
 
-def representative(rows: list[dict], count: int) -> list[list[dict]]:
+def representative(rows: list[dict], count: int, size: int = BATCH) -> list[list[dict]]:
     """So many of the batches that `rows` make: evenly spaced by size, so that long and short ones have their share."""
-    batches = [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
+    batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
     batches.sort(key=lambda batch: sum(len(row["input_ids"]) for row in batch))
     return [batches[(2 * number + 1) * len(batches) // (2 * count)] for number in range(count)]
 

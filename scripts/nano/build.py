@@ -93,6 +93,7 @@ def main(
     output_dir: Path = NANO_DIR,
     broad: int = BROAD_TOKENS,
     focus: int = FOCUS_TOKENS,
+    rate: Annotated[float, typer.Option(help="with --broad 0: of the full learning rate, where its fall begins")] = 1.0,
     seed: int = 0,
     threads: int = 2,
     bfloat16: Annotated[
@@ -122,7 +123,7 @@ def main(
             training.save(checkpoints / f"{line['tokens'] // SAVE_EVERY}.pt")
 
     print(f"{training.model.num_parameters():,} parameters")
-    log = training.run(broad + focus, focus, on_log)
+    log = training.run(broad + focus, round(focus / rate), on_log)
     seconds = {"training_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu_began}
     write(
         training, work, {"parameters": training.model.num_parameters(), "tokens": training.read, **seconds, "log": log}

@@ -38,7 +38,8 @@ class Row:
         if start + len(answer) > limit:
             return False
         self.ids += asked + name + answer
-        self.learnt += range(start - len(name), start + len(answer) - 1)  # the name too: it can only be copied
+        if query:  # a greeting answers nothing: learnt, it becomes the answer to "你好"
+            self.learnt += range(start - len(name), start + len(answer) - 1)  # the name too: it can only be copied
         if meaning:
             self.meanings[start - 1] = meaning
         self.exchanges += 1

@@ -11,7 +11,7 @@ from .model import learnt_loss
 from .optimizer import make_optimizers
 
 WARM_UP = 100_000  # tokens
-MEANING_WEIGHT = 0.5  # of the second loss
+MEANING_WEIGHT = 1.0  # of the second loss
 
 
 def learning_rate_factor(read: int, tokens: int, decay: int) -> float:

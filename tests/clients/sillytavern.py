@@ -15,7 +15,7 @@ import helpers
 from helpers.characters.cards import export_card_png, import_card
 from helpers.network import free_port
 
-START_SECONDS = 180  # the first start bundles its page
+START_SECONDS = 400  # the first start bundles its page
 
 
 @contextlib.contextmanager
