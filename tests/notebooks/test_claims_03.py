@@ -44,7 +44,7 @@ def test_the_two_prompts_differ_in_the_name_and_so_does_what_the_model_expects(n
     assert all(text.rstrip().endswith("[客人]我叫什么名字？\n[苏梦远]") for text in (with_name, without))
     answers = said(notebook, "def chances(")
     chances = [float(chance) for chance in re.findall(r"的概率：.* = ([\d.]+)%", answers)]
-    assert 35 < chances[0] < 45 and chances[1] == 0.002
+    assert 1000 < chances[0] / chances[1] < 10_000
     verdicts = re.findall(r"\] (.*)\n  回复里有“小林”：(True|False)", answers)
     assert [verdict for _, verdict in verdicts] == ["True", "False"]
     assert [str("小林" in reply) for reply, _ in verdicts] == [verdict for _, verdict in verdicts] and len(
@@ -81,9 +81,9 @@ def test_a_reply_grows_while_the_cell_goes_on_and_stops_in_the_middle(notebook):
 def test_the_facts_are_counted_as_the_replies_have_them(notebook):
     counts = re.findall(r"^(..的人设)：四个事实里说出了 (\d) 个 (\[.*\])$", said(notebook, "vague = "), re.MULTILINE)
     assert [title for title, *_ in counts] == ["空泛的人设", "具体的人设"]
-    assert [(count, found) for _, count, found in counts] == [("0", "[]"), ("2", "['灯塔', '星星']")]
+    assert [(count, found) for _, count, found in counts] == [("0", "[]"), ("1", "['灯塔']")]
     vague, concrete = map(float, re.findall(r"“望潮岛”的概率：(\S+)", said(notebook, "vague = ")))
-    assert 1e8 < concrete / vague < 1e9 and 1e-3 < concrete < 2e-3
+    assert 1e9 < concrete / vague < 1e10 and 2e-3 < concrete < 4e-3
 
 
 def test_what_nano_finds_is_what_its_evaluation_says(notebook):
@@ -93,9 +93,9 @@ def test_what_nano_finds_is_what_its_evaluation_says(notebook):
         f"有历史时答对 {found['memory_with_history'] * 100:.0f} %，没有时 {found['memory_without_history']:.0f} %"
         in text
     )
-    name, itself, place = (int(100 * found[f"persona_{topic}"]) for topic in ("name", "self", "place"))
-    assert f"答对名字 {name} %、自称 {itself} %、住处 {place} %" in text
-    assert max(found["persona_like"], found["persona_job"]) <= 0.1
+    topics = ("name", "self", "place", "like", "job")
+    name, itself, place, like, job = (int(100 * found[f"persona_{topic}"]) for topic in topics)
+    assert f"答对名字 {name} %、自称 {itself} %、住处 {place} %，喜欢什么 {like} %，做什么的 {job} %" in text
 
 
 def test_a_card_comes_back_out_of_its_picture(notebook):

@@ -54,7 +54,7 @@ def test_a_shared_persona_saves_half_of_the_tokens_and_changes_no_loss(notebook)
     found = re.findall(r"：(\d+) 个 token，loss ([\d.]+)", said(notebook, '"人设只算一次": share_prefix'))
     (padded, alone), (shared, together) = [(int(tokens), float(loss)) for tokens, loss in found]
     assert shared < padded / 2
-    assert together == pytest.approx(alone, abs=9e-5)
+    assert together == pytest.approx(alone, abs=9e-6)
 
 
 def test_eight_rows_are_learnt_by_heart(notebook):
