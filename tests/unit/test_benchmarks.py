@@ -122,6 +122,18 @@ def test_lora_rounds_have_long_and_short_rows(support) -> None:
     assert min(lengths) < 50 and max(lengths) > 350
 
 
+@pytest.mark.slow
+def test_a_token_of_the_6bs_shape_costs_no_less_than_reading_its_weights(tmp_path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, BENCHMARKS / "six_b_cpu.py", "--quick", "--folder", tmp_path, "--json", file]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert list(tmp_path.iterdir()) == [file], "the checkpoint was not deleted"
+    (ratio,) = json.loads(file.read_text(encoding="utf-8"))["ratios"].values()
+    assert 0.05 < ratio["median"] < 1.1
+    rows = dict(json.loads(file.read_text(encoding="utf-8"))["rows"])
+    assert rows["weights"] == "1.88 GB of torch.bfloat16"
+
+
 @pytest.mark.parametrize(
     ("average", "note"), [(2.6, "loaded at start: 2.6 processes on 2 cores"), (2.0, ""), (0.1, "")]
 )

@@ -169,16 +169,20 @@ def test_evaluation_personas_state_the_facts_that_are_asked_for():
 def test_a_row_is_token_for_token_the_prompt_of_inference(tokenizer):
     encoder = LineEncoder(tokenizer)
     for dialogue in load_dialogues()[::50]:
-        row = Row.begin(encoder, dialogue.card)
-        assert all(row.add(encoder, dialogue.card, 2048, query, reply) for query, reply in dialogue.history)
+        row, asked = Row.begin(encoder, dialogue.card), [turn for turn in dialogue.history if turn[0]]
+        for greeting in (reply for query, reply in dialogue.history if not query):
+            assert row.add(encoder, dialogue.card, 2048, "", greeting)
+        begun = len(row.ids)
+        assert all(row.add(encoder, dialogue.card, 2048, query, reply) for query, reply in asked)
         expected = tokenizer.apply_chat_template(
             dialogue.messages, session_meta=dialogue.card, return_assistant_tokens_mask=True
         )
         assert row.ids == expected["input_ids"]
         learnt, mask = [position + 1 for position in row.learnt], expected["assistant_masks"]
-        assert {i for i, in_reply in enumerate(mask) if in_reply} <= set(learnt)
+        assert min(learnt) >= begun, "a greeting answers nothing"
+        assert {i for i, in_reply in enumerate(mask) if in_reply and i >= begun} <= set(learnt)
         names = tokenizer.decode([row.ids[i] for i in learnt if not mask[i]])  # the name is learnt before each reply
-        assert names == f"{dialogue.card.bot_name}]" * len(dialogue.history)
+        assert names == f"{dialogue.card.bot_name}]" * len(asked)
 
 
 def test_rows_fit_their_length_and_are_the_same_for_the_same_seed(composer, tokenizer):
