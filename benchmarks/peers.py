@@ -3,7 +3,8 @@
 Ours (`python -m helpers serve`), transformers' own server (`transformers serve --continuous-batching`) and llama.cpp's
 (`xllamacpp`), side by side in one run on the same exported weights: ours and transformers' in float32, llama.cpp's in BF16
 and, smaller, in Q8_0. The same requests to `/v1/chat/completions`, greedy, streamed; the same number of threads each; sides
-alternating. On CharacterGLM-Nano and on a random model ten times its size. Tokens are counted by encoding the replies again.
+alternating. On CharacterGLM-Nano and on random models of 50 and, if asked for, 340 million weights. Tokens are counted by
+encoding the replies again.
 
 - one user: tokens a second
 - many at once: tokens a second together
@@ -11,6 +12,7 @@ alternating. On CharacterGLM-Nano and on a random model ten times its size. Toke
 
     python benchmarks/peers.py
     python benchmarks/peers.py --quick     # Nano, 8 users, shorter replies
+    python benchmarks/peers.py --model 340M --users 4 --new-tokens 16
 """
 
 import asyncio
@@ -23,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +33,7 @@ from typing import Annotated
 import httpx
 import typer
 from support.llama_server import LlamaServer
-from support.random_model import save_random_model
+from support.random_model import SHAPES, save_random_model
 from support.report import JsonFile, Quick, publish, set_threads
 from support.rounds import ROUNDS, Ratio, in_turns
 from support.talk import CHARACTER, queries, token_rate
@@ -49,6 +52,7 @@ GAP = 0.25
 CONTEXT = 2048  # of each user
 # On repetition; transformers' batching knows none.
 NO_PENALTY = {OURS: {"repetition_penalty": 1.0}, TRANSFORMERS: {}, LLAMA: {"repeat_penalty": 1.0}}
+Size = Enum("Size", {name: name for name in ("nano", *SHAPES)})
 QUESTIONS = {
     "one": "1 user, tokens/s",
     "many": "{} users at once, tokens/s",
@@ -59,6 +63,7 @@ BATCHING = ["--continuous-batching", "--cb-num-blocks", "256", "--cb-block-size"
 
 
 def main(
+    model: Annotated[list[Size] | None, typer.Option(help="By default nano and 50M.")] = None,
     rounds: Annotated[int, typer.Option(min=ROUNDS)] = ROUNDS,
     users: Annotated[int, typer.Option(min=2, help="How many at once.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=8, help="Longest reply.")] = 32,
@@ -71,8 +76,11 @@ def main(
     users, new_tokens = (8, 16) if quick else (users, new_tokens)
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in ["nano"] if quick else ["nano", "random"]:
-            directory = helpers.resolve_model("nano") if name == "nano" else save_random_model(Path(folder) / "random")
+        for name in ["nano"] if quick else [size.value for size in model or (Size["nano"], Size["50M"])]:
+            if name == "nano":
+                directory = helpers.resolve_model(name)
+            else:
+                directory = save_random_model(Path(folder) / name, **SHAPES[name])
             figures = compare(directory, Path(folder) / f"{name} exported", rounds, users, new_tokens, threads)
             add_rows(name, figures, users, rows, ratios)
     if importlib.util.find_spec("xllamacpp") is None:

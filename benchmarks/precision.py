@@ -16,17 +16,13 @@ from typing import Annotated
 
 import torch
 import typer
-from support.random_model import random_model
+from support.random_model import SHAPES, random_model
 from support.report import CpuTime, JsonFile, Quick, Threads, publish
 from support.rounds import ROUNDS, Ratio, in_turns
 
 import helpers
 
 VOCABULARY = 4096
-SHAPES = {
-    "50M": {},
-    "340M": {"num_hidden_layers": 30, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16},
-}
 DTYPES = (torch.float32, torch.bfloat16)
 USERS = 16
 PHASES = ("prompt", "reply", f"{USERS} replies")

@@ -10,6 +10,10 @@ from helpers.model.loading import NANO_DIR
 from helpers.model.modeling import CharacterGLMConfig
 
 SHAPE = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10}
+SHAPES = {  # what differs from it
+    "50M": {},
+    "340M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 30, "num_attention_heads": 16},
+}
 
 
 def random_model(vocabulary: int, **shape: int):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from nano.evaluate import SCRIPTED_QUESTIONS, evaluate
-from nano.everyday import read_rows
+from nano.everyday import ADDRESSES, EVERYDAY, read_rows
 
 import helpers
 from helpers.model.loading import NANO_DIR
@@ -48,6 +48,17 @@ def test_a_piece_has_at_most_two_characters():
 @pytest.mark.parametrize("name", FLOORS)
 def test_voices_reach_their_floor(figures, name):
     assert figures[name] >= FLOORS[name]
+
+
+@pytest.mark.slow
+def test_the_first_lines_that_the_page_offers_get_the_answer_written_for_them():
+    model, tokenizer = helpers.load("nano")
+    cards, right = helpers.load_characters(), []
+    for row in read_rows(EVERYDAY / "openers.jsonl"):
+        card = cards[row["character"]]
+        reply, _ = helpers.chat(model, tokenizer, card, row["lines"][0], [["", card.greeting]], seed=0)
+        right.append(reply == row["reply"].replace("{user}", ADDRESSES.get(card.bot_name, card.user_name)))
+    assert len(right) == 42 and sum(right) >= 38
 
 
 @pytest.mark.slow
