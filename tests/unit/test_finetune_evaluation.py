@@ -44,7 +44,7 @@ def tuned(nano):
     model = add_lora(helpers.load("nano", dtype="float32")[0])
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
+            torch.nn.init.normal_(weight, std=0.3)
     return model.eval()
 
 
@@ -79,7 +79,7 @@ def test_perplexity_switches_dropout_off(tuned, nano, samples):
 
 def test_base_ability_is_measured_on_held_out_dialogues(nano, tuned):
     before, after = base_ability(tuned, nano[1], limit=20)
-    assert 100 < before < 2000  # Nano knows its own lines by heart, and these are not among them
+    assert 1_000 < before < 100_000  # Nano knows its own lines by heart, and these are not among them
     assert after > before
 
 
