@@ -316,7 +316,8 @@ def test_rows_of_similar_length_come_together_in_a_repeatable_order():
 
 @pytest.mark.slow
 def test_adapter_reloads_in_a_fresh_process_with_the_same_greedy_tokens(trained):
-    queries = ["你会累吗？", "你会射箭吗？", "我们比比力气吧。", "天快黑了。"]
+    rows = [json.loads(line) for line in DEFAULT_DATA.read_text(encoding="utf-8").splitlines()]
+    queries = [row["instruction"] for row in rows[::40]]  # a few steps change only some of the replies
     script = (
         "import sys, helpers; model, tokenizer = helpers.load('nano', dtype='float32', adapter=sys.argv[1]);"
         "from helpers.finetune import read_card; from helpers.finetune.command import DEFAULT_CARD;"
