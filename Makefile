@@ -38,9 +38,11 @@ test: $(READY) lint ## what must pass before a commit: linter, unit, notebook an
 	@bash scripts/get_browser.sh
 	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
+# The browser and what it shows need both cores: beside another process, clicks and answers come seconds late.
 test-slow: $(READY) ## the rest: real compilers, killed processes, several processes, fresh environments
 	@bash scripts/get_browser.sh
-	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m slow
+	$(PYTEST) -m "slow and browser"
+	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m "slow and not browser"
 
 test-gpu: $(READY) ## on a CUDA GPU: the notebooks, and the figures of the 6B into benchmarks/results/
 	$(VENV_PYTHON) -m pytest tests/gpu -m gpu -s

@@ -230,7 +230,7 @@ class WebChat:
         ):
             view.buttons[name].click(**self._event(name, action, *inputs))
         for upload in view.uploads:
-            upload.upload(**self._event("import", self._import, upload))
+            upload.upload(**self._event("import", self._import, upload, trigger_mode="multiple"))
         for name, slider in view.sliders.items():
             set_parameter = lambda tab, value, name=name: self._set(tab, name, value)  # noqa: E731
             slider.input(**self._event(name, set_parameter, slider, trigger_mode="always_last", js=within(slider)))
