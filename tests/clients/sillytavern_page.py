@@ -10,6 +10,9 @@ from cases import KEY, META
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 PATIENCE = 60_000  # milliseconds
+# What is begun in the instant after a reply or a command SillyTavern drops: "Cannot read properties of null (reading
+# 'generate')".
+TIDYING_UP = 1500  # milliseconds
 DOCUMENT = Path(__file__).parents[2] / "docs" / "clients.md"
 WITHOUT_NAMES = "只用中文回答。"  # a main prompt that does not say who talks to whom
 EXAMPLES = "[旅人]你叫什么？\n[阿青]阿青。\n[旅人]冷吗？\n[阿青]*摇头* 习惯了。\n[阿青]*抬头* 什么人？\n"
@@ -60,6 +63,7 @@ class Page:
         for _ in range(PATIENCE // 100):
             self.page.wait_for_timeout(100)
             if len(self.prompts) > number and not self.page.locator("body[data-generating]").count():
+                self.page.wait_for_timeout(TIDYING_UP)
                 return self.prompts[-1]
         raise RuntimeError(f"no reply: {self.toasts()}")
 
@@ -121,6 +125,7 @@ def impersonate(page: Page):
 def narrator(page: Page):
     page.send("/sys 门开了。")
     page.page.locator("#chat .mes_text", has_text="门开了").wait_for()
+    page.page.wait_for_timeout(TIDYING_UP)
     prompt = page.say("谁？")
     return prompt.endswith("\n[旅人]（门开了。）谁？\n[阿青]") or prompt
 
