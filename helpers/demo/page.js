@@ -1,21 +1,14 @@
 // What needs no server: copying, searching, keys, light and dark. `cgClicks` tells the server what was clicked.
 function cgClicks(element, trigger, name) {
-  let pressed = null;
-  element.addEventListener("pointerdown", (event) => { pressed = event.target.closest("[data-do]"); });
-  // A button that was drawn anew while it was pressed gets no click.
-  element.addEventListener("pointerup", () => { if (pressed && !pressed.isConnected) act(pressed); });
   element.addEventListener("click", (event) => {
     const button = event.target.closest("[data-do]");
     const row = event.target.closest(".cg-row");
     if (row && !button) row.classList.toggle("cg-open"); // a touch shows what can be done with a message
-    act(button);
-  });
-  function act(button) {
     if (!button || (button.dataset.ask && !confirm(button.dataset.ask))) return;
     if (button.dataset.do === "copy") cgCopy(button);
     else if (button.dataset.do === "theme") cgTheme(!document.body.classList.contains("dark"));
     else trigger(name, { what: button.dataset.do, at: button.dataset.at || "" });
-  }
+  });
   element.addEventListener("input", (event) => {
     if (!event.target.matches(".cg-search")) return;
     const words = event.target.value.trim().toLowerCase();

@@ -93,7 +93,9 @@ def main(
     output_dir: Path = NANO_DIR,
     broad: int = BROAD_TOKENS,
     focus: int = FOCUS_TOKENS,
-    rate: Annotated[float, typer.Option(help="with --broad 0: of the full learning rate, where its fall begins")] = 1.0,
+    rate: Annotated[
+        float, typer.Option(min=0.01, max=1, help="with --broad 0: of the full learning rate, where its fall begins")
+    ] = 1.0,
     seed: int = 0,
     threads: int = 2,
     bfloat16: Annotated[

@@ -79,7 +79,7 @@ def test_perplexity_switches_dropout_off(tuned, nano, samples):
 
 def test_base_ability_is_measured_on_held_out_dialogues(nano, tuned):
     before, after = base_ability(tuned, nano[1], limit=20)
-    assert 1_000 < before < 100_000  # Nano knows its own lines by heart, and these are not among them
+    assert 10_000 < before < 50_000  # Nano knows its own lines by heart, and these are not among them
     assert after > before
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from nano.evaluate import SCRIPTED_QUESTIONS, evaluate
-from nano.everyday import ADDRESSES, EVERYDAY, read_rows
+from nano.everyday import EVERYDAY, address, read_rows
 
 import helpers
 from helpers.model.loading import NANO_DIR
@@ -57,7 +57,7 @@ def test_the_first_lines_that_the_page_offers_get_the_answer_written_for_them():
     for row in read_rows(EVERYDAY / "openers.jsonl"):
         card = cards[row["character"]]
         reply, _ = helpers.chat(model, tokenizer, card, row["lines"][0], [["", card.greeting]], seed=0)
-        right.append(reply == row["reply"].replace("{user}", ADDRESSES.get(card.bot_name, card.user_name)))
+        right.append(reply == row["reply"].replace("{user}", address(card, card.user_name)))
     assert len(right) == 42 and sum(right) >= 38
 
 

@@ -67,7 +67,7 @@ def test_every_part_of_the_fused_weight_is_there(plain, quantized):
 
 def test_perplexity_is_close(plain, quantized, rows):
     losses = [math.log(perplexity(model, rows[1])) for model in (quantized.model, plain[0])]
-    assert losses[0] == pytest.approx(losses[1], rel={"int8": 0.01, "nf4": 0.05}[quantized.kind])
+    assert losses[0] == pytest.approx(losses[1], rel={"int8": 0.007, "nf4": 0.05}[quantized.kind])
 
 
 def test_replies_are_text_and_the_kept_cache_changes_nothing(quantized):
