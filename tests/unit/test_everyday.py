@@ -47,7 +47,7 @@ def composer(tokenizer) -> Composer:
 
 def test_every_character_and_voice_answers_every_intent():
     answered = Counter(row.get("character") or row["voice"] for row in REPLIES + VOICES)
-    assert len(answered) == 14 + 6 and set(answered.values()) == {len(LINES)} == {297}
+    assert len(answered) == 14 + 6 and set(answered.values()) == {len(LINES)}
     assert {row["intent"] for row in REPLIES + VOICES} == set(LINES)
     assert {row["character"] for row in REPLIES} == set(helpers.load_characters())
 
@@ -59,8 +59,9 @@ def test_no_line_belongs_to_two_intents_and_no_reply_stands_twice():
     assert [reply for reply, number in replies.items() if number > 1] == []
 
 
-def test_topics_are_sixty_a_character_and_said_nowhere_else():
-    assert Counter(row["character"] for row in TOPICS) == dict.fromkeys(helpers.load_characters(), 60)
+def test_topics_are_at_least_sixty_a_character_and_said_nowhere_else():
+    topics = Counter(row["character"] for row in TOPICS)
+    assert topics.keys() == helpers.load_characters().keys() and min(topics.values()) >= 60
     assert all(5 <= len(row["lines"]) <= 8 and 8 <= len(row["reply"]) <= 45 for row in TOPICS)
     lines = Counter((row["character"], line.rstrip("。！？!?")) for row in TOPICS for line in row["lines"])
     assert [line for line, number in lines.items() if number > 1] == []
